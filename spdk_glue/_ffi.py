@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that imports the compiled module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spdk_glue.errors import NotBuiltError
+
+try:
+    from spdk_glue import _glue
+except ImportError as error:  # pragma: a source tree without the build
+    raise NotBuiltError(f"the C engine is not built ({error}); `pip install .` builds it") from error
+
+ffi: Any = _glue.ffi
+lib: Any = _glue.lib

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What an engine must offer. An engine moves commands; it knows nothing of transfers, order or
+ * Python. All calls but wake and fault come from the queue's I/O thread. */
+#ifndef ENGINE_H
+#define ENGINE_H
+#include <sys/uio.h>
+
+#include "glue_api.h"
+
+struct transfer;
+
+/* One contiguous run of the medium and the memory it is scattered to. */
+struct command {
+    struct transfer *owner;
+    int op;
+    uint32_t file;
+    uint64_t offset;      /* of the bytes still to move */
+    uint64_t bytes;       /* still to move */
+    uint64_t moved;
+    struct iovec *iov;    /* owned by the queue, iov_capacity long */
+    unsigned first, niov; /* iov[first .. first + niov) is still to move */
+    uint64_t due_ns;      /* mem: when it completes */
+    int hung;             /* mem: never completes */
+    struct command *next;
+};
+
+struct event {
+    struct command *command;
+    int64_t result; /* bytes or -errno */
+    uint16_t sct, sc;
+};
+
+struct engine_ops {
+    const char *name;
+    /* Required. 0 or -errno. */
+    int (*open)(void **self, const glue_options *options);
+    /* Required. Take a command; 0, or -EAGAIN when full. */
+    int (*submit)(void *self, struct command *command);
+    /* Required. Start what was submitted and collect events. Waits in the kernel until there is an
+     * event, wake() was called or timeout_ns has passed (negative: for ever). Count or -errno. */
+    int (*wait)(void *self, struct event *out, unsigned max, int64_t timeout_ns);
+    /* Required, from any thread: the present or next wait() returns. */
+    void (*wake)(void *self);
+    void (*close)(void *self);
+    /* Optional. 1 registered, 0 not possible (the commands work all the same). */
+    int (*add_memory)(void *self, uint64_t address, uint64_t bytes);
+    void (*remove_memory)(void *self, uint64_t address);
+    /* Optional, from any thread. */
+    int (*fault)(void *self, const glue_fault *fault);
+};
+
+extern const struct engine_ops engine_uring, engine_mem, engine_null;
+
+uint64_t clock_ns(void);
+
+#endif

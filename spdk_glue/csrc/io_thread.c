@@ -1,0 +1,340 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The engine's side of a queue: one thread that owns the engine, cuts transfers into commands and
+ * sleeps in the kernel while there is nothing to do. It never spins: a spinner beside the
+ * threads that compute attention costs more than it saves. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "queue.h"
+
+enum { EVENTS = 64 };
+
+static uint64_t piece_bytes(const glue_piece *piece)
+{
+    return piece->run_bytes * piece->heads * piece->blocks;
+}
+
+static int pieces_overlap(const struct transfer *a, const struct transfer *b)
+{
+    for (uint32_t i = 0; i < a->count; i++)
+        for (uint32_t j = 0; j < b->count; j++) {
+            const glue_piece *p = &a->pieces[i], *q = &b->pieces[j];
+            if (p->file == q->file && p->offset < q->offset + piece_bytes(q) &&
+                q->offset < p->offset + piece_bytes(p))
+                return 1;
+        }
+    return 0;
+}
+
+/* Must `later` wait for `earlier`? */
+static int must_wait(const struct transfer *earlier, const struct transfer *later)
+{
+    if (later->op == GLUE_FLUSH)
+        return earlier->op == GLUE_WRITE;
+    if (earlier->op > GLUE_WRITE || (earlier->op == GLUE_READ && later->op == GLUE_READ))
+        return 0;
+    return pieces_overlap(earlier, later);
+}
+
+static void count_waits(glue_queue *queue, struct transfer *transfer)
+{
+    for (struct transfer *earlier = queue->active.first; earlier; earlier = earlier->next)
+        transfer->waits_for += (uint32_t)must_wait(earlier, transfer);
+}
+
+static void busy_begin(glue_queue *queue, int op)
+{
+    uint64_t now = clock_ns();
+    if (!queue->in_flight++)
+        queue->busy_since = now;
+    if (op == GLUE_READ && !queue->reads_in_flight++)
+        queue->read_since = now;
+    if (op == GLUE_WRITE && !queue->writes_in_flight++)
+        queue->write_since = now;
+}
+
+static void busy_end(glue_queue *queue, int op, uint64_t bytes)
+{
+    uint64_t now = clock_ns();
+    queue->in_flight--;
+    queue->reads_in_flight -= op == GLUE_READ;
+    queue->writes_in_flight -= op == GLUE_WRITE;
+    pthread_mutex_lock(&queue->lock);
+    glue_stats *stats = &queue->stats;
+    stats->commands++;
+    if (queue->in_flight + 1 > stats->max_in_flight)
+        stats->max_in_flight = queue->in_flight + 1;
+    if (!queue->in_flight)
+        stats->busy_ns += now - queue->busy_since;
+    if (op == GLUE_READ) {
+        stats->read_bytes += bytes;
+        if (!queue->reads_in_flight)
+            stats->read_busy_ns += now - queue->read_since;
+    } else if (op == GLUE_WRITE) {
+        stats->write_bytes += bytes;
+        if (!queue->writes_in_flight)
+            stats->write_busy_ns += now - queue->write_since;
+    }
+    pthread_mutex_unlock(&queue->lock);
+}
+
+/* One more run for the command; memory that continues the last segment joins it. */
+static int add_segment(struct command *command, unsigned capacity, uint64_t address, uint64_t bytes)
+{
+    struct iovec *last = command->niov ? &command->iov[command->niov - 1] : NULL;
+    if (last && (uint64_t)(uintptr_t)last->iov_base + last->iov_len == address)
+        last->iov_len += bytes;
+    else if (command->niov < capacity)
+        command->iov[command->niov++] = (struct iovec){(void *)(uintptr_t)address, bytes};
+    else
+        return 0;
+    command->bytes += bytes;
+    return 1;
+}
+
+static void next_run(struct transfer *transfer)
+{
+    const glue_piece *piece = &transfer->pieces[transfer->piece];
+    transfer->in_run = 0;
+    if (++transfer->head < piece->heads)
+        return;
+    transfer->head = 0;
+    if (++transfer->block < piece->blocks)
+        return;
+    transfer->block = 0;
+    transfer->cut_all = ++transfer->piece == transfer->count;
+}
+
+static uint64_t run_address(const glue_piece *piece, const struct transfer *at)
+{
+    return piece->address + at->block * piece->block_stride + at->head * piece->head_stride + at->in_run;
+}
+
+static uint64_t medium_offset(const glue_piece *piece, const struct transfer *at)
+{
+    return piece->offset + ((uint64_t)at->block * piece->heads + at->head) * piece->run_bytes + at->in_run;
+}
+
+/* Cut the next command: contiguous on the medium, within one piece, at most command_bytes. */
+static void cut_command(glue_queue *queue, struct transfer *transfer, struct command *command)
+{
+    uint32_t begun = transfer->piece;
+    const glue_piece *piece = &transfer->pieces[begun];
+    *command = (struct command){.iov = command->iov, .owner = transfer, .op = transfer->op, .file = piece->file};
+    if (transfer->op == GLUE_FLUSH) {
+        transfer->cut_all = ++transfer->piece == transfer->count;
+        return;
+    }
+    command->offset = medium_offset(piece, transfer);
+    while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->options.command_bytes) {
+        uint64_t left = piece->run_bytes - transfer->in_run;
+        uint64_t room = queue->options.command_bytes - command->bytes;
+        uint64_t take = left < room ? left : room;
+        if (!add_segment(command, queue->iov_capacity, run_address(piece, transfer), take))
+            break;
+        transfer->in_run += take;
+        if (transfer->in_run == piece->run_bytes)
+            next_run(transfer);
+    }
+}
+
+static void fail_transfer(struct transfer *transfer, const struct command *command, const struct event *event)
+{
+    transfer->cut_all = 1;
+    if (transfer->done.result < 0)
+        return;
+    transfer->done.result = event->result;
+    transfer->done.offset = command->offset;
+    transfer->done.file = command->file;
+    transfer->done.sct = event->sct;
+    transfer->done.sc = event->sc;
+}
+
+static void finish_transfer(glue_queue *queue, struct transfer *transfer)
+{
+    for (struct transfer *later = transfer->next; later; later = later->next)
+        later->waits_for -= (uint32_t)must_wait(transfer, later);
+    list_remove(&queue->active, transfer);
+    pthread_mutex_lock(&queue->lock);
+    uint32_t at = (queue->done_head + queue->done_count) % queue->options.max_transfers;
+    queue->done[at] = transfer->done;
+    queue->done_count++;
+    pthread_cond_broadcast(&queue->changed);
+    pthread_mutex_unlock(&queue->lock);
+    transfer_free(transfer);
+}
+
+static void release_command(glue_queue *queue, struct command *command)
+{
+    struct transfer *transfer = command->owner;
+    command->next = queue->free_commands;
+    queue->free_commands = command;
+    transfer->in_flight--;
+    if (transfer->cut_all && !transfer->in_flight)
+        finish_transfer(queue, transfer);
+}
+
+/* A refused command leaves the engine as it was; anything but "full" fails the transfer. */
+static int start_command(glue_queue *queue, struct command *command)
+{
+    int error = queue->ops->submit(queue->engine, command);
+    if (!error)
+        return 0;
+    struct event event = {.command = command, .result = error};
+    fail_transfer(command->owner, command, &event);
+    busy_end(queue, command->op, 0);
+    release_command(queue, command);
+    return error;
+}
+
+static void cut_and_start(glue_queue *queue, struct transfer *transfer)
+{
+    while (queue->free_commands && !transfer->cut_all) {
+        struct command *command = queue->free_commands;
+        queue->free_commands = command->next;
+        cut_command(queue, transfer, command);
+        transfer->in_flight++;
+        busy_begin(queue, command->op);
+        if (start_command(queue, command))
+            return; /* the transfer may be gone */
+    }
+}
+
+static void start_ready(glue_queue *queue)
+{
+    struct transfer *next;
+    for (struct transfer *transfer = queue->active.first; transfer && queue->free_commands; transfer = next) {
+        next = transfer->next;
+        if (!transfer->waits_for && !transfer->cut_all)
+            cut_and_start(queue, transfer);
+    }
+}
+
+/* Short: skip what was moved, so that the same command goes on. */
+static void advance(struct command *command, uint64_t moved)
+{
+    command->offset += moved;
+    command->bytes -= moved;
+    command->moved += moved;
+    while (moved) {
+        struct iovec *segment = &command->iov[command->first];
+        uint64_t step = moved < segment->iov_len ? moved : segment->iov_len;
+        segment->iov_base = (char *)segment->iov_base + step;
+        segment->iov_len -= step;
+        moved -= step;
+        if (!segment->iov_len) {
+            command->first++;
+            command->niov--;
+        }
+    }
+}
+
+static void handle_event(glue_queue *queue, struct event *event)
+{
+    struct command *command = event->command;
+    struct transfer *transfer = command->owner;
+    if (event->result == -EINTR || event->result == -EAGAIN) {
+        start_command(queue, command);
+        return;
+    }
+    if (event->result == 0 && command->bytes)
+        event->result = -ENODATA; /* the end of the medium: never hand out stale rows */
+    if (event->result < 0)
+        fail_transfer(transfer, command, event);
+    else
+        advance(command, (uint64_t)event->result);
+    if (event->result > 0 && command->bytes) {
+        start_command(queue, command);
+        return;
+    }
+    if (transfer->done.result >= 0)
+        transfer->done.result += (int64_t)command->moved;
+    busy_end(queue, command->op, command->moved);
+    release_command(queue, command);
+}
+
+static void handle_memory(glue_queue *queue, struct transfer *transfer)
+{
+    const struct engine_ops *ops = queue->ops;
+    const glue_piece *piece = transfer->pieces;
+    int registered = 0;
+    if (transfer->op == GLUE_REGISTER && ops->add_memory)
+        registered = ops->add_memory(queue->engine, piece->address, piece->run_bytes);
+    if (transfer->op == GLUE_UNREGISTER && ops->remove_memory)
+        ops->remove_memory(queue->engine, piece->address);
+    transfer->done.result = registered;
+    pthread_mutex_lock(&queue->lock);
+    if (registered)
+        queue->stats.registered += (uint32_t)(piece->run_bytes >> 20);
+    pthread_mutex_unlock(&queue->lock);
+    finish_transfer(queue, transfer);
+}
+
+static int take_incoming(glue_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    struct transfer_list incoming = queue->incoming;
+    queue->incoming = (struct transfer_list){0};
+    int stopping = queue->stopping;
+    pthread_mutex_unlock(&queue->lock);
+    while (incoming.first) {
+        struct transfer *transfer = incoming.first;
+        list_remove(&incoming, transfer);
+        count_waits(queue, transfer);
+        list_append(&queue->active, transfer);
+        if (transfer->op >= GLUE_REGISTER)
+            handle_memory(queue, transfer);
+    }
+    return stopping;
+}
+
+static int collect(glue_queue *queue, int64_t timeout_ns)
+{
+    struct event events[EVENTS];
+    int count = queue->ops->wait(queue->engine, events, EVENTS, timeout_ns);
+    for (int i = 0; i < count; i++)
+        handle_event(queue, &events[i]);
+    return count < 0 ? count : 0;
+}
+
+static void announce(glue_queue *queue, int failed)
+{
+    pthread_mutex_lock(&queue->lock);
+    queue->ready = !failed;
+    queue->failed = failed;
+    pthread_cond_broadcast(&queue->changed);
+    pthread_mutex_unlock(&queue->lock);
+}
+
+/* Nothing new is started; commands in flight get drain_ms to come back. */
+static void drain(glue_queue *queue)
+{
+    uint64_t deadline = clock_ns() + queue->options.drain_ms * 1000000ull;
+    for (struct transfer *transfer = queue->active.first; transfer; transfer = transfer->next)
+        transfer->cut_all = 1;
+    while (queue->in_flight && clock_ns() < deadline)
+        if (collect(queue, 10000000))
+            break;
+    for (struct transfer *transfer = queue->active.first; transfer; transfer = transfer->next)
+        queue->given_up += transfer->in_flight > 0;
+}
+
+void *io_thread(void *argument)
+{
+    glue_queue *queue = argument;
+    int failed = queue->ops->open(&queue->engine, &queue->options);
+    announce(queue, failed);
+    if (failed)
+        return NULL;
+    while (!take_incoming(queue)) {
+        start_ready(queue);
+        failed = collect(queue, -1);
+        if (failed) {
+            announce(queue, failed);
+            break;
+        }
+    }
+    drain(queue);
+    return NULL;
+}

@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Memory that engines read into, and facts about files. */
+#include <errno.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "glue_api.h"
+
+static const uint64_t HUGE = 2u << 20;
+
+static uint64_t round_up(uint64_t size, uint64_t unit)
+{
+    return (size + unit - 1) / unit * unit;
+}
+
+/* The mapping reserves its hugepages, so touching them later cannot raise SIGBUS. */
+static void *map_hugetlb(uint64_t size)
+{
+    void *address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+    return address == MAP_FAILED ? NULL : address;
+}
+
+/* Aligned to 2 MiB, so that transparent hugepages can back it: over-map, then cut both ends off. */
+static void *map_plain(uint64_t size, int *error)
+{
+    char *wide = mmap(NULL, size + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (wide == MAP_FAILED) {
+        *error = -errno;
+        return NULL;
+    }
+    char *address = (char *)(uintptr_t)round_up((uint64_t)(uintptr_t)wide, HUGE);
+    if (address > wide)
+        munmap(wide, (size_t)(address - wide));
+    munmap(address + size, (size_t)(wide + HUGE - address));
+    return address;
+}
+
+void *glue_memory_alloc(uint64_t *size, int want_hugetlb, int *kind, int *error)
+{
+    *error = 0;
+    void *address = want_hugetlb ? map_hugetlb(round_up(*size, HUGE)) : NULL;
+    if (address) {
+        *size = round_up(*size, HUGE);
+        *kind = GLUE_MEMORY_HUGETLB;
+        return address;
+    }
+    *size = round_up(*size, 4096);
+    address = map_plain(*size, error);
+    *kind = address && *size >= HUGE && !madvise(address, *size, MADV_HUGEPAGE) ? GLUE_MEMORY_THP
+                                                                                  : GLUE_MEMORY_PLAIN;
+    return address;
+}
+
+void glue_memory_free(void *address, uint64_t size)
+{
+    munmap(address, size);
+}
+
+static int stat_facts(int fd, glue_file_facts *out)
+{
+    struct stat status;
+    if (fstat(fd, &status))
+        return -errno;
+    out->is_block_device = S_ISBLK(status.st_mode);
+    out->is_regular = S_ISREG(status.st_mode);
+    out->size = (uint64_t)status.st_size;
+    if (out->is_block_device && ioctl(fd, BLKGETSIZE64, &out->size))
+        return -errno;
+    struct statfs filesystem;
+    if (out->is_regular && fstatfs(fd, &filesystem))
+        return -errno;
+    out->fs_magic = out->is_regular ? (uint64_t)(uint32_t)filesystem.f_type : 0;
+    return 0;
+}
+
+/* Raw statx: the C library of Debian 12 does not know the direct I/O fields (Linux 6.1). */
+static void statx_facts(int fd, glue_file_facts *out)
+{
+    struct {
+        uint32_t mask, block_size;
+        uint64_t attributes;
+        uint32_t before_dio[34];
+        uint32_t dio_mem_align, dio_offset_align;
+        uint64_t after[12];
+    } answer;
+    memset(&answer, 0, sizeof answer);
+    const unsigned dio = 0x2000, encrypted = 0x800;
+    if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, dio, &answer))
+        return;
+    out->encrypted = (answer.attributes & encrypted) != 0;
+    if (answer.mask & dio) {
+        out->direct_alignment = answer.dio_offset_align;
+        out->memory_alignment = answer.dio_mem_align;
+    }
+}
+
+int glue_file_facts_of(int fd, glue_file_facts *out)
+{
+    memset(out, 0, sizeof *out);
+    int error = stat_facts(fd, out);
+    if (error)
+        return error;
+    statx_facts(fd, out);
+    return 0;
+}
+
+static int64_t cached_by_mincore(int fd)
+{
+    struct stat status;
+    if (fstat(fd, &status))
+        return -errno;
+    if (!status.st_size)
+        return 0;
+    uint64_t pages = round_up((uint64_t)status.st_size, 4096) / 4096;
+    void *map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED)
+        return -errno;
+    unsigned char *present = malloc(pages);
+    int64_t count = present && !mincore(map, (size_t)status.st_size, present) ? 0 : -ENOMEM;
+    for (uint64_t i = 0; count >= 0 && i < pages; i++)
+        count += present[i] & 1;
+    free(present);
+    munmap(map, (size_t)status.st_size);
+    return count < 0 ? count : count * 4096;
+}
+
+int64_t glue_cached_bytes(int fd)
+{
+    const long cachestat = 451; /* Linux 6.5 */
+    uint64_t whole_file[2] = {0, 0};
+    uint64_t counts[5] = {0}; /* cached, dirty, writeback, evicted, recently evicted */
+    if (!syscall(cachestat, fd, whole_file, counts, 0))
+        return (int64_t)counts[0] * 4096;
+    return errno == ENOSYS || errno == EOPNOTSUPP || errno == EPERM ? cached_by_mincore(fd) : -errno;
+}

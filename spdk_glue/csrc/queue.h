@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The inside of a queue, shared by queue.c (callers' side) and io_thread.c (the engine's side). */
+#ifndef QUEUE_H
+#define QUEUE_H
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "engine.h"
+
+struct transfer {
+    struct transfer *next, *prev; /* submission order */
+    uint64_t tag;
+    int op;
+    uint32_t count;
+    glue_piece *pieces;
+    uint32_t waits_for;      /* earlier transfers that touch the same bytes */
+    /* how far commands were cut */
+    uint32_t piece, block, head;
+    uint64_t in_run;
+    int cut_all;
+    uint32_t in_flight;
+    glue_completion done;
+};
+
+struct transfer_list {
+    struct transfer *first, *last;
+};
+
+struct glue_queue {
+    const struct engine_ops *ops;
+    void *engine;
+    glue_options options;
+    pthread_t thread;
+
+    pthread_mutex_t lock; /* guards the fields down to `failed` */
+    pthread_cond_t changed;
+    struct transfer_list incoming;
+    glue_completion *done; /* a ring of max_transfers */
+    uint32_t done_head, done_count;
+    uint32_t accepted; /* submitted and not yet reaped */
+    int stopping, ready;
+    int failed; /* -errno of an engine that can go on no more */
+    glue_stats stats;
+
+    /* the I/O thread's own */
+    struct transfer_list active;
+    struct command *commands, *free_commands;
+    struct iovec *iovecs;
+    unsigned iov_capacity;
+    uint32_t in_flight, reads_in_flight, writes_in_flight;
+    uint64_t busy_since, read_since, write_since;
+    int given_up;
+};
+
+void *io_thread(void *queue);
+void list_append(struct transfer_list *list, struct transfer *transfer);
+void list_remove(struct transfer_list *list, struct transfer *transfer);
+void transfer_free(struct transfer *transfer);
+
+#endif

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of the C border. They are OSError as well, so `errno` is always there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+
+class NotBuiltError(ImportError):
+    """The compiled module, or the engine asked for, is not in this build."""
+
+
+class GlueError(OSError):
+    """A call into C failed; `errno` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one transfer.
+
+    result: bytes moved, or -errno. offset: byte offset of the command that failed.
+    sct, sc: NVMe status code type and status code where the medium gave them, else 0, 0.
+    """
+
+    tag: int
+    result: int
+    offset: int = 0
+    sct: int = 0
+    sc: int = 0
+    file: int = 0
+
+
+class TransferError(GlueError):
+    """A transfer failed. `completion` is its record."""
+
+    def __init__(self, completion: Completion):
+        code = -completion.result
+        status = f", NVMe status sct={completion.sct:#x} sc={completion.sc:#x}" if completion.sct or completion.sc else ""
+        reason = "end of the medium" if code == errno.ENODATA else os.strerror(code)
+        super().__init__(code, f"{reason} at byte {completion.offset}{status}")
+        self.completion = completion
+
+
+class TransferTimeout(GlueError, TimeoutError):
+    """The medium did not answer in time; the transfer may still be under way."""
+
+
+def check(result: int, doing: str) -> int:
+    """`result` unless it is -errno, which is raised as GlueError."""
+    if result < 0:
+        raise GlueError(-result, f"{doing}: {os.strerror(-result)}")
+    return result

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A queue of transfers to one medium, driven by an I/O thread in C."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from spdk_glue._ffi import ffi, lib
+from spdk_glue.errors import Completion, GlueError, NotBuiltError, TransferError, TransferTimeout, check
+from spdk_glue.memory import Region
+
+READ, WRITE, FLUSH = 0, 1, 2
+_REGISTER, _UNREGISTER = 3, 4
+_REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
+_FAULTS = {"error": 0, "torn": 1, "hang": 2}
+_BATCH = 64
+
+
+class Piece(NamedTuple):
+    """A strided part of a transfer, all in bytes.
+
+    On the medium: contiguous from `offset`, block after block, in a block head after head, each
+    run `run_bytes` long. In memory run (block b, head h) begins at
+    address + b * block_stride + h * head_stride.
+    """
+
+    offset: int
+    address: int
+    head_stride: int
+    block_stride: int
+    run_bytes: int
+    heads: int = 1
+    blocks: int = 1
+    file: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.run_bytes * self.heads * self.blocks
+
+
+def plain(offset: int, address: int, nbytes: int, file: int = 0) -> Piece:
+    """One contiguous buffer."""
+    return Piece(offset, address, 0, 0, nbytes, 1, 1, file)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueOptions:
+    """queue_depth: commands in flight. command_bytes: larger transfers are split at this size.
+    max_transfers: transfers accepted and not yet reaped. workers: hand commands to kernel worker
+    threads at once, which copies from a buffered file in parallel."""
+
+    queue_depth: int = 32
+    command_bytes: int = 1 << 20
+    max_transfers: int = 256
+    workers: bool = False
+    drain_ms: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class MemOptions:
+    """The script of the `mem` engine. bandwidth: bytes a second (0: as fast as memory)."""
+
+    bandwidth: int = 0
+    latency_us: float = 0.0
+    reorder_seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """busy_s: seconds with a command in flight; read_busy_s, write_busy_s: with one of that kind."""
+
+    commands: int
+    read_bytes: int
+    write_bytes: int
+    busy_s: float
+    read_busy_s: float
+    write_busy_s: float
+    max_in_flight: int
+    registered_bytes: int
+
+
+class Queue:
+    """Submit transfers, wait for them. One thread at a time may use a queue.
+
+    A transfer starts after every earlier one that touches the same bytes, unless both read, so a
+    read that follows a write sees what was written.
+    """
+
+    def __init__(self, c_options: tuple[Any, ...], engine: str, options: QueueOptions):
+        self.engine = engine
+        self.options = options
+        self._pid = os.getpid()
+        self._keep = c_options
+        self._next_tag = 1
+        self._waiting: set[int] = set()
+        self._done: dict[int, Completion] = {}
+        self._batch = ffi.new("glue_completion[]", _BATCH)
+        error = ffi.new("int *")
+        self._queue = lib.glue_queue_open(c_options[0], error)
+        if self._queue == ffi.NULL:
+            self._queue = None
+        if error[0] == -errno.ENOTSUP:
+            raise NotBuiltError(f"this build has no engine {engine!r} (it has: {', '.join(engines())})")
+        check(error[0], f"open the {engine} engine")
+
+    # open -----------------------------------------------------------------------------------
+
+    @classmethod
+    def files(cls, fds: Sequence[int], options: QueueOptions = QueueOptions()) -> Queue:  # noqa: B008
+        """io_uring on open files, which stay the caller's. Raises NotBuiltError, GlueError."""
+        c_fds = ffi.new("int[]", list(fds))
+        c_options = _c_options("uring", options, fds=c_fds, num_files=len(fds), flags=2 if options.workers else 0)
+        return cls(c_options, "uring", options)
+
+    @classmethod
+    def memory(
+        cls, capacity: int, options: QueueOptions = QueueOptions(), script: MemOptions = MemOptions()  # noqa: B008
+    ) -> Queue:
+        """A medium of `capacity` bytes in RAM, with a scripted speed and faults."""
+        c_options = _c_options(
+            "mem", options, num_files=1, capacity=capacity, bandwidth=script.bandwidth,
+            latency_ns=int(script.latency_us * 1000), seed=script.reorder_seed or 0,
+            flags=0 if script.reorder_seed is None else 1,
+        )  # fmt: skip
+        return cls(c_options, "mem", options)
+
+    @classmethod
+    def null(cls, options: QueueOptions = QueueOptions()) -> Queue:  # noqa: B008
+        """Completes at once and moves nothing."""
+        return cls(_c_options("null", options, num_files=1), "null", options)
+
+    # submit ---------------------------------------------------------------------------------
+
+    def try_submit(self, op: int, pieces: Sequence[Piece]) -> int | None:
+        """The transfer's tag, or None while the queue is full. Raises GlueError."""
+        c_pieces = ffi.new("glue_piece[]", [(*piece, 0) for piece in pieces])
+        tag = self._next_tag
+        if not check(lib.glue_submit(self._open(), op, tag, c_pieces, len(pieces)), "submit"):
+            return None
+        self._next_tag += 1
+        self._waiting.add(tag)
+        return tag
+
+    def submit(self, op: int, pieces: Sequence[Piece], timeout: float = 60.0) -> int:
+        """The transfer's tag; waits for room. Raises GlueError, TransferTimeout."""
+        deadline = time.monotonic() + timeout
+        while (tag := self.try_submit(op, pieces)) is None:
+            if not self._reap(1, deadline - time.monotonic()) and time.monotonic() > deadline:
+                raise TransferTimeout(errno.ETIMEDOUT, f"the {self.engine} queue stayed full for {timeout:g} s")
+        return tag
+
+    # reap -----------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in what has completed, without waiting."""
+        self._reap(0, 0.0)
+
+    def is_done(self, tag: int) -> bool:
+        if tag in self._waiting and tag not in self._done:
+            self.poll()
+        return tag in self._done
+
+    def wait(self, tag: int, timeout: float = 60.0) -> Completion:
+        """The transfer's record, once. Raises TransferError, TransferTimeout, GlueError."""
+        deadline = time.monotonic() + timeout
+        while tag not in self._done:
+            if not self._reap(1, max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                raise TransferTimeout(errno.ETIMEDOUT, f"no answer from the {self.engine} engine for {timeout:g} s")
+        self._waiting.discard(tag)
+        completion = self._done.pop(tag)
+        if completion.result < 0:
+            raise TransferError(completion)
+        return completion
+
+    def run(self, op: int, pieces: Sequence[Piece], timeout: float = 60.0) -> Completion:
+        """submit() and wait()."""
+        return self.wait(self.submit(op, pieces, timeout), timeout)
+
+    def flush(self, timeout: float = 60.0, files: Sequence[int] = (0,)) -> None:
+        """Make every write submitted before this call durable."""
+        self.run(FLUSH, [plain(0, 0, 0, file) for file in files], timeout)
+
+    def _reap(self, least: int, timeout: float) -> int:
+        count = check(
+            lib.glue_reap(self._open(), self._batch, _BATCH, least, max(0, int(timeout * 1e9))),
+            f"the {self.engine} engine",
+        )
+        for record in self._batch[0:count]:
+            self._done[record.tag] = Completion(
+                record.tag, record.result, record.offset, record.sct, record.sc, record.file
+            )
+        return count
+
+    # memory, state --------------------------------------------------------------------------
+
+    def register(self, region: Region) -> int:
+        """Bytes of the region that the engine could register; the rest works unregistered."""
+        registered = 0
+        for at in range(0, region.size, _REGISTER_BYTES):
+            size = min(_REGISTER_BYTES, region.size - at)
+            registered += size * self.run(_REGISTER, [plain(0, region.address + at, size)]).result
+        return registered
+
+    def unregister(self, region: Region) -> None:
+        for at in range(0, region.size, _REGISTER_BYTES):
+            self.run(_UNREGISTER, [plain(0, region.address + at, 1)])
+
+    def fault(
+        self, kind: str, op: int, lo: int = 0, hi: int = 1 << 62, skip: int = 0, count: int = 1,
+        sct: int = 2, sc: int = 0x81,
+    ) -> None:  # fmt: skip
+        """Script a fault of the mem engine: "error", "torn" or "hang". sct 2, sc 0x81 is NVMe's
+        unrecovered read error."""
+        c_fault = ffi.new("glue_fault *", (_FAULTS[kind], op, lo, hi, skip, count, sct, sc))
+        check(lib.glue_queue_fault(self._open(), c_fault), "script a fault")
+
+    def stats(self) -> QueueStats:
+        c_stats = ffi.new("glue_stats *")
+        lib.glue_queue_stats(self._open(), c_stats)
+        return QueueStats(
+            c_stats.commands, c_stats.read_bytes, c_stats.write_bytes, c_stats.busy_ns / 1e9,
+            c_stats.read_busy_ns / 1e9, c_stats.write_busy_ns / 1e9, c_stats.max_in_flight,
+            c_stats.registered << 20,
+        )  # fmt: skip
+
+    @property
+    def closed(self) -> bool:
+        return self._queue is None
+
+    def _open(self) -> Any:
+        if self._queue is None:
+            raise GlueError(errno.EBADF, f"the {self.engine} queue is closed")
+        if os.getpid() != self._pid:
+            raise GlueError(errno.ECHILD, f"the {self.engine} queue belongs to the process that opened it")
+        return self._queue
+
+    def close(self) -> int:
+        """Transfers given up: the medium may still write to their memory, so keep it."""
+        queue, self._queue = self._queue, None
+        return lib.glue_queue_close(queue) if queue is not None and os.getpid() == self._pid else 0
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"depth {self.options.queue_depth}, {len(self._waiting)} under way"
+        return f"<Queue {self.engine}, {state}>"
+
+
+def engines() -> list[str]:
+    """The engines of this build."""
+    return ffi.string(lib.glue_engines()).decode().split()
+
+
+def _c_options(kind: str, options: QueueOptions, **fields: Any) -> tuple[Any, ...]:
+    name = ffi.new("char[]", kind.encode())
+    c_options = ffi.new("glue_options *", {
+        "kind": name, "queue_depth": options.queue_depth, "command_bytes": options.command_bytes,
+        "max_transfers": options.max_transfers, "drain_ms": options.drain_ms, **fields,
+    })  # fmt: skip
+    return c_options, name, fields  # cffi structs do not own what their pointers name
