@@ -18,8 +18,9 @@ from dualblade.units import KIB
 
 PAGE = 4 * KIB
 # Measured on a virtual drive, 1 MiB commands at depth 32, as a share of contiguous memory:
-# runs of 4 KiB 0.41, 16 KiB 0.74, 64 KiB 0.93.
-BEST_RUN = 64 * KIB
+# runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06.
+BEST_RUN = 128 * KIB
+TAIL_PART = 16  # an unfinished block is at most this part of its tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,12 @@ def smallest_block(row_bytes: int) -> int:
 
 def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
     """The longest run up to BEST_RUN whose unfinished block, which stays in memory, takes at most
-    `tail_bytes`; never more tokens than the tensor will hold."""
+    `tail_bytes` and at most a sixteenth of the tensor."""
     unit = smallest_block(spec.row_bytes)
     block = unit
     while (
         2 * block * spec.row_bytes <= BEST_RUN
-        and 2 * block <= max(spec.tokens, 1)
+        and 2 * block * TAIL_PART <= spec.tokens
         and (tail_bytes is None or 2 * block * spec.token_bytes <= tail_bytes)
     ):
         block *= 2

@@ -12,6 +12,18 @@ from spdk_glue.errors import check
 PAGE = 4096
 
 
+class _Free:
+    """Gives memory back, in the process that took it alone."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._pid = os.getpid()
+
+    def __call__(self, pointer: Any) -> None:
+        if os.getpid() == self._pid:
+            lib.glue_memory_free(pointer, self._size)
+
+
 class Region:
     """`size` bytes, zero at first, aligned to 2 MiB where they come from the page allocator.
 
@@ -20,29 +32,30 @@ class Region:
     """
 
     def __init__(self, size: int, hugepages: bool = True):
-        self._pid = os.getpid()
-        self.address = 0
         c_size, c_kind, c_error = ffi.new("uint64_t *", size), ffi.new("int *"), ffi.new("int *")
         pointer = lib.glue_memory_alloc(c_size, int(hugepages), c_kind, c_error)
         check(c_error[0], f"allocate {size} bytes")
-        self._pointer = pointer
-        self.address = int(ffi.cast("uintptr_t", pointer))
         self.size = int(c_size[0])
+        self.address = int(ffi.cast("uintptr_t", pointer))
         self.kind = ("plain", "thp", "hugetlb")[c_kind[0]]
+        self._owner: Any = ffi.gc(pointer, _Free(self.size))
+        self._buffer: Any = memoryview(ffi.buffer(self._owner, self.size))
 
-    def buffer(self, offset: int = 0, size: int | None = None) -> Any:
-        """A writable buffer over part of the region. It is valid until close()."""
-        size = self.size - offset if size is None else size
-        return ffi.buffer(self._pointer + offset, size)
+    def buffer(self, offset: int = 0, size: int | None = None) -> memoryview:
+        """A writable view of part of the region. It keeps the memory alive."""
+        end = self.size if size is None else offset + size
+        return self._buffer[offset:end]
 
     def close(self) -> None:
-        if self.address and os.getpid() == self._pid:
-            lib.glue_memory_free(self._pointer, self.size)
+        """The memory goes back when the last view of it is gone."""
+        self._owner = self._buffer = None
         self.address = 0
 
     def abandon(self) -> None:
         """Never give the memory back: a transfer that was given up may still write to it."""
-        self.address = 0
+        if self._owner is not None:
+            ffi.gc(self._owner, None)
+        self.close()
 
     def __enter__(self) -> Region:
         return self

@@ -19,6 +19,7 @@ _REGISTER, _UNREGISTER = 3, 4
 _REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
 _FAULTS = {"error": 0, "torn": 1, "hang": 2}
 _BATCH = 64
+_SLICE_S = 0.2
 
 
 class Piece(NamedTuple):
@@ -150,7 +151,7 @@ class Queue:
         """The transfer's tag; waits for room. Raises GlueError, TransferTimeout."""
         deadline = time.monotonic() + timeout
         while (tag := self.try_submit(op, pieces)) is None:
-            if not self._reap(1, deadline - time.monotonic()) and time.monotonic() > deadline:
+            if not self._reap(1, min(_SLICE_S, deadline - time.monotonic())) and time.monotonic() >= deadline:
                 raise TransferTimeout(errno.ETIMEDOUT, f"the {self.engine} queue stayed full for {timeout:g} s")
         return tag
 
@@ -169,7 +170,8 @@ class Queue:
         """The transfer's record, once. Raises TransferError, TransferTimeout, GlueError."""
         deadline = time.monotonic() + timeout
         while tag not in self._done:
-            if not self._reap(1, max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+            # In slices, so that Ctrl-C is heard while the medium is silent.
+            if not self._reap(1, min(_SLICE_S, deadline - time.monotonic())) and time.monotonic() >= deadline:
                 raise TransferTimeout(errno.ETIMEDOUT, f"no answer from the {self.engine} engine for {timeout:g} s")
         self._waiting.discard(tag)
         completion = self._done.pop(tag)

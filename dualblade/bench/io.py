@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench io`: the engine beside fio, and the store beside the engine, interleaved in one run."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualblade.bench.fio import fio_path, run_fio
+from dualblade.bench.tensors import kv_store
+from dualblade.device import CpuDevice
+from dualblade.errors import CapacityError
+from dualblade.target_files import check_room
+from dualblade.tensors import TensorKey
+from dualblade.units import GIB, MIB
+from spdk_glue import READ, WRITE, Queue, QueueOptions, Region, plain
+
+TENSOR_BYTES = 128 * MIB  # one K or V of a Llama-3-8B layer at 64K tokens
+
+
+@dataclass(frozen=True, slots=True)
+class IoBench:
+    """size: bytes of the file, a multiple of 128 MiB. rounds: times each measurement is repeated."""
+
+    folder: Path
+    size: int = GIB
+    queue_depth: int = 32
+    command_bytes: int = MIB
+    rounds: int = 5
+
+    @property
+    def options(self) -> QueueOptions:
+        return QueueOptions(self.queue_depth, self.command_bytes)
+
+
+def run_io_bench(bench: IoBench, say: Callable[[str], None]) -> dict[str, Any]:
+    """The record of `bench io --json`: medians in GiB/s, ratios, and every single round."""
+    with _random_file(bench, say) as (file, fd), Queue.files([fd], bench.options) as queue:
+        with Region(TENSOR_BYTES) as region:
+            registered = queue.register(region)
+            rounds = [_one_round(bench, file, queue, region, say, number) for number in range(bench.rounds)]
+            queue.unregister(region)
+        stats = queue.stats()
+    record = {
+        "target": str(bench.folder), "size_bytes": bench.size, "queue_depth": bench.queue_depth,
+        "command_bytes": bench.command_bytes, "rounds": bench.rounds, "registered_bytes": registered,
+        "max_in_flight": stats.max_in_flight,
+    }  # fmt: skip
+    return record | _summary(rounds) | {"software": software_cost(bench.options), "measured": rounds}
+
+
+@contextmanager
+def _random_file(bench: IoBench, say: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
+    """A file written once with random bytes: holes and zeros would prove nothing."""
+    bench.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_room(bench.folder, bench.size)
+    handle, name = tempfile.mkstemp(prefix="bench-io-", dir=bench.folder)
+    try:
+        say(f"writing {bench.size // MIB} MiB of random bytes to {name}")
+        with os.fdopen(handle, "wb", buffering=0) as out:
+            os.posix_fallocate(out.fileno(), 0, bench.size)
+            for _ in range(bench.size // (16 * MIB)):
+                out.write(os.urandom(16 * MIB))
+            os.fsync(out.fileno())
+            os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        fd = os.open(name, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            yield Path(name), fd
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise CapacityError(f"the benchmark file cannot be made: {error.strerror}", "try --cache-dir") from error
+    finally:
+        os.unlink(name)
+
+
+def _one_round(
+    bench: IoBench, file: Path, queue: Queue, region: Region, say: Callable[[str], None], number: int
+) -> dict[str, float]:
+    say(f"round {number + 1} of {bench.rounds}")
+    speeds = {
+        "engine_read": _engine(bench, queue, region, READ),
+        "tensor_engine": _engine(bench, queue, region, READ, ahead=1),
+        "tensor_store": _store(bench, queue),
+    }
+    if fio_path():
+        speeds["fio_read"] = run_fio(file, "read", bench.size, bench.command_bytes, bench.queue_depth)
+    speeds["engine_write"] = _engine(bench, queue, region, WRITE)
+    if fio_path():
+        speeds["fio_write"] = run_fio(file, "write", bench.size, bench.command_bytes, bench.queue_depth)
+    return speeds
+
+
+def _engine(bench: IoBench, queue: Queue, region: Region, op: int, ahead: int = 4) -> float:
+    """GiB/s of one sequential pass, `ahead` transfers submitted at a time."""
+    step = TENSOR_BYTES if ahead == 1 else TENSOR_BYTES // ahead
+    begun = time.perf_counter()
+    tags: list[int] = []
+    for offset in range(0, bench.size, step):
+        if len(tags) == ahead:
+            queue.wait(tags.pop(0))
+        tags.append(queue.submit(op, [plain(offset, region.address + offset % TENSOR_BYTES, step)]))
+    for tag in tags:
+        queue.wait(tag)
+    return bench.size / GIB / (time.perf_counter() - begun)
+
+
+def _store(bench: IoBench, queue: Queue) -> float:
+    """GiB/s of loading whole 128 MiB tensors one after the other through the store."""
+    store = kv_store(queue, CpuDevice(torch.bfloat16), bench.size // TENSOR_BYTES // 2)
+    begun = time.perf_counter()
+    for key in store.tensors:
+        store.load(key)
+    spent = time.perf_counter() - begun
+    store.flush()
+    return len(store.tensors) * TENSOR_BYTES / GIB / spent
+
+
+def _summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians, and ratios of measurements of the same round, whose median is what counts."""
+    medians = {f"{name}_gib_s": statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    pairs = {
+        "read_vs_fio": ("engine_read", "fio_read"), "write_vs_fio": ("engine_write", "fio_write"),
+        "store_vs_engine": ("tensor_store", "tensor_engine"),
+    }  # fmt: skip
+    ratios = {
+        name: statistics.median(r[ours] / r[other] for r in rounds)
+        for name, (ours, other) in pairs.items()
+        if other in rounds[0]
+    }
+    return medians | {"ratios": ratios}
+
+
+def software_cost(options: QueueOptions, loads: int = 50) -> dict[str, float]:
+    """On the null engine: nanoseconds a command, and microseconds of Python that one 128 MiB
+    tensor's load takes (the calling thread's CPU time)."""
+    with Queue.null(options) as queue:
+        store = kv_store(queue, CpuDevice(torch.bfloat16), loads // 2)
+        commands, begun, cpu = queue.stats().commands, time.perf_counter(), time.thread_time()
+        for key in store.tensors:
+            store.load(key)
+        wall, cpu = time.perf_counter() - begun, time.thread_time() - cpu
+        commands = queue.stats().commands - commands
+        store.flush()
+    return {
+        "ns_per_command": wall / commands * 1e9,
+        "commands_per_load": commands / len(store.tensors),
+        "python_us_per_load": cpu / len(store.tensors) * 1e6,
+    }
+
+
+__all__ = ["IoBench", "TensorKey", "run_io_bench", "software_cost"]

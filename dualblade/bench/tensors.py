@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store over a raw queue, full of tensors of 128 MiB, for benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dualblade.layout import choose_layout
+from dualblade.paths.base import Room, StoragePath
+from dualblade.planner import make_specs
+from dualblade.store import Device, KVStore
+from dualblade.tensors import PathKind, Placement, TensorKey
+from spdk_glue import Queue
+
+# Llama-3-8B: 8 KV heads of 128, bfloat16; 64K tokens are 128 MiB a tensor.
+HEADS, HEAD_DIM, ITEMSIZE, TOKENS = 8, 128, 2, 65536
+
+
+class RawPath(StoragePath):
+    """The whole medium, one tensor behind the other; the queue stays the caller's."""
+
+    kind = PathKind.DIRECT
+
+    def __init__(self, queue: Queue):
+        super().__init__(queue, timeout_s=60.0)
+        self._end = 0
+
+    @property
+    def target(self) -> str:
+        return self.queue.engine
+
+    def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
+        rooms = []
+        for key, nbytes in wanted:
+            rooms.append(Room(key, self.kind, 0, self._end, nbytes))
+            self._end += nbytes
+        return rooms
+
+    def release(self, rooms: Sequence[Room]) -> None:
+        self._end -= sum(room.nbytes for room in rooms)
+
+    def close(self) -> int:
+        return 0
+
+
+def kv_store(queue: Queue, device: Device, num_layers: int, tokens: int = TOKENS) -> KVStore:
+    """Every tensor is full: what lies on the medium is taken for its rows."""
+    specs = make_specs(num_layers, 1, HEADS, HEAD_DIM, ITEMSIZE, tokens)
+    layouts = {spec.key: choose_layout(spec) for spec in specs}
+    placements = [Placement(spec.key, PathKind.DIRECT, layouts[spec.key].bytes_for(tokens), "bench") for spec in specs]
+
+    def no_growth(key: TensorKey, nbytes: int) -> Placement:
+        raise AssertionError(f"{key} was given room for all its tokens")
+
+    store = KVStore(specs, layouts, device, {PathKind.DIRECT: RawPath(queue)}, no_growth, 2, tokens, 0)
+    store.place(placements)
+    for tensor in store.tensors.values():
+        tensor.tokens = tokens
+    return store

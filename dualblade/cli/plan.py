@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`plan`: which tensor would go where and why. Loads no weights, opens no target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dualblade.cli.options import model_options, settings_from
+from dualblade.cli.output import console, emit, json_option
+from dualblade.units import format_size
+
+
+@click.command(epilog="Example: dualblade-spdk plan --model tiny --mem-budget 1G --context 4096")
+@model_options
+@click.option("--context", type=click.IntRange(min=2), required=True, metavar="N", help="Prompt and new tokens.")
+@json_option
+def plan(as_json: bool, context: int, **options: Any) -> None:
+    """Show which KV tensor goes where, and why. Touches nothing."""
+    settings = settings_from(options)
+    from dualblade.cli.run import _quiet_libraries
+
+    _quiet_libraries()
+    from dualblade.session import RunOptions, Session
+
+    session = Session(
+        RunOptions(
+            model=options["model"], settings=settings, prompt_len=context - 1, max_new_tokens=1,
+            batch_size=options["batch_size"], dtype=options["dtype"], chunk=options["prefill_chunk"],
+        )  # fmt: skip
+    )
+    emit(_record(session, context), as_json, _show)
+
+
+def _record(session: Any, context: int) -> dict[str, Any]:
+    from dualblade.bench.speeds import storage_seconds
+    from dualblade.tensors import PathKind
+
+    made = session.plan()
+    direct, cached = made.bytes_on(PathKind.DIRECT), made.bytes_on(PathKind.PAGE_CACHE)
+    footprint = made.footprint
+    return {
+        "model": session.options.model,
+        "context": context,
+        "batch_size": session.options.batch_size,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "memory": {
+            "budget_bytes": made.request.budget,
+            "weights_bytes": footprint.weights_bytes,
+            "runtime_bytes": footprint.runtime_bytes,
+            "activation_bytes": footprint.reserve_bytes,
+            "staging_bytes": footprint.staging_bytes,
+            "tail_bytes": footprint.tails_bytes,
+            "page_cache_share_bytes": made.share.bytes,
+            "page_cache_share_reason": made.share.reason,
+        },
+        "kv_bytes": sum(spec.tokens * spec.token_bytes for spec in made.specs),
+        "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
+        "prefetch_depth": made.pipeline.prefetch_depth,
+        "storage_s_per_token": storage_seconds(session.settings.cache_dir, session.settings.nvme, cached, direct),
+        "placements": [
+            {"tensor": str(item.key), "path": item.path.value, "bytes": item.bytes, "reason": item.reason}
+            for item in made.placements
+        ],
+    }
+
+
+def _show(record: dict[str, Any]) -> None:
+    memory = record["memory"]
+    click.echo(f"{record['model']}, {record['context']} tokens, batch {record['batch_size']}, {record['dtype']}")
+    click.echo(f"KV cache {format_size(record['kv_bytes'])}, budget {format_size(memory['budget_bytes'])}:")
+    for name in ("weights", "runtime", "activation", "staging", "tail", "page_cache_share"):
+        click.echo(f"  {name.replace('_', ' '):17}{format_size(memory[name + '_bytes']):>10}")
+    click.echo(f"  ({memory['page_cache_share_reason']})")
+    for item in record["placements"]:
+        where = f"{item['tensor']:13}{item['path']:12}{format_size(item['bytes']):>9}"
+        click.echo(f"{where}  {item['reason']}")
+    seconds = record["storage_s_per_token"]
+    if seconds is None:
+        console().print("[dim]no speed is known for this place: `dualblade-spdk bench io` measures it[/dim]")
+    else:
+        click.echo(f"storage time a decoded token, without overlap: {seconds:.3f} s")

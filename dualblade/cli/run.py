@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`run`: text streams to stdout, progress and the closing table to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dualblade.cli.options import model_options, settings_from
+from dualblade.cli.output import console, emit, json_option
+from dualblade.errors import UsageError
+from dualblade.units import format_size
+
+
+@click.command(epilog='Example: dualblade-spdk run --model tiny --mem-budget 1G --prompt "The list type"')
+@model_options
+@click.option("--prompt", metavar="TEXT")
+@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--prompt-len", type=click.IntRange(min=1), metavar="N", help="N random tokens; prints no text.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--attention", type=click.Choice(["sdpa", "eager"]), default="sdpa", show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 for all.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--verify", is_flag=True, help="Generate again with the KV cache in memory and compare.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON record here too.")
+@json_option
+def run(as_json: bool, report: Path | None, **options: Any) -> None:
+    """Generate text with the KV cache offloaded."""
+    if options["device"] == "cuda":
+        raise UsageError("this version computes on the CPU only", "leave --device out")
+    _one_prompt(options)
+    record = _generate(_run_options(options), show_text=not as_json)
+    if report:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(record, indent=2) + "\n")
+    emit(record, as_json, lambda _: None)
+    if not as_json:
+        show_summary(record)
+
+
+def _one_prompt(options: dict[str, Any]) -> None:
+    given = [name for name in ("prompt", "prompt_file", "prompt_len") if options[name] is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "there is no prompt" if not given else "there is more than one prompt",
+            "pass one of --prompt TEXT, --prompt-file FILE and --prompt-len N",
+        )
+
+
+def _run_options(options: dict[str, Any]) -> Any:
+    settings = settings_from(options)
+    _quiet_libraries()
+    from dualblade.runner import Sampling
+    from dualblade.session import RunOptions
+
+    return RunOptions(
+        model=options["model"], settings=settings, prompt=options["prompt"], prompt_file=options["prompt_file"],
+        prompt_len=options["prompt_len"], max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"], dtype=options["dtype"], attention=options["attention"],
+        chunk=options["prefill_chunk"], verify=options["verify"],
+        sampling=Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"]),
+    )  # fmt: skip
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice are about their own use, not ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _generate(options: Any, show_text: bool) -> dict[str, Any]:
+    from dualblade.session import Session, Watcher
+
+    screen = console()
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"),
+        TimeElapsedColumn(), console=screen, transient=True,
+    )  # fmt: skip
+    bar: list[Any] = []
+
+    def on_prefill(done: int, total: int) -> None:
+        if not bar:
+            progress.start()
+            bar.append(progress.add_task("prefill", total=total))
+        progress.update(bar[0], completed=done)
+        if done == total:
+            progress.stop()
+
+    def on_text(piece: str) -> None:
+        if show_text:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    watcher = Watcher(lambda stage: screen.print(f"[dim]{stage}[/dim]"), on_prefill, on_text)
+    try:
+        record = Session(options, watcher).run()
+    finally:
+        progress.stop()
+    if show_text and "text" in record:
+        sys.stdout.write("\n")
+    return record
+
+
+def show_summary(record: dict[str, Any]) -> None:
+    """The closing table on stderr."""
+    from rich.table import Table
+
+    table = Table(title=f"{record['model']}: {record['prompt_tokens']} + {record['new_tokens']} tokens")
+    for column in ("path", "tensors", "KV", "read", "written", "read speed", "where"):
+        table.add_column(column, justify="left" if column in ("path", "where") else "right")
+    for name, path in record["paths"].items():
+        speed = path["read_gib_s"]
+        table.add_row(
+            name.replace("_", "-"), str(path["tensors"]), format_size(path["bytes"]),
+            format_size(path["read_bytes"]), format_size(path["write_bytes"]),
+            f"{speed:.2f} GiB/s" if speed else "-", f"{path.get('engine', '-')} {path.get('target', '')}".strip(),
+        )  # fmt: skip
+    screen = console()
+    screen.print(table)
+    screen.print(_closing_line(record))
+
+
+def _closing_line(record: dict[str, Any]) -> str:
+    memory, pipeline = record["memory"], record["pipeline"]
+    parts = [
+        f"prefill {record['prefill_s']:.2f} s",
+        f"decode {record['decode_s_per_token'] * 1000:.1f} ms a token",
+        f"waited for storage {pipeline['stall_s']:.2f} s",
+        f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}",
+        f"page-cache share {format_size(memory['page_cache_share_bytes'])}",
+    ]
+    if record.get("verified"):
+        parts.append("every token equal to the run with its KV cache in memory")
+    return ", ".join(parts)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where attention runs. Below this file a tensor is an address, a shape and strides.
+
+On the CPU there is nothing to copy: attention reads the memory that the engine filled.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from spdk_glue import Region
+
+
+class CpuDevice:
+    """Opens region memory as tensors of `dtype`."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.itemsize = dtype.itemsize
+
+    def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> torch.Tensor:
+        """[runs, capacity, head_dim] over the region's bytes from `offset` on; no copy."""
+        count = runs * capacity * head_dim
+        flat = torch.frombuffer(region.buffer(), dtype=self.dtype, count=count, offset=offset)
+        return flat.view(runs, capacity, head_dim)
+
+    def copy_rows(self, source: torch.Tensor, start: int, out: torch.Tensor, at: int, count: int) -> None:
+        """Tokens [start, start + count) of every run of `source` to [at, at + count) of `out`."""
+        out[:, at : at + count].copy_(source[:, start : start + count])
+
+    def write_rows(self, rows: torch.Tensor, out: torch.Tensor, at: int) -> None:
+        """New rows [batch, KV head, tokens, head_dim] to tokens [at, at + tokens) of `out`."""
+        batch, heads, tokens, head_dim = rows.shape
+        out.view(batch, heads, -1, head_dim)[:, :, at : at + tokens].copy_(rows)
+
+    def rows(self, view: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+        """The first `tokens` tokens as [batch, KV head, tokens, head_dim]; strided, no copy."""
+        runs, capacity, head_dim = view.shape
+        return view.view(batch, runs // batch, capacity, head_dim)[:, :, :tokens]

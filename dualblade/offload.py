@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run's storage: the plan, both paths, the store and the memory meter, opened and closed as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dualblade.host.maps import mapped_bytes
+from dualblade.host.sysfs import Host
+from dualblade.paths.base import StoragePath
+from dualblade.paths.direct import DirectPath
+from dualblade.paths.pagecache import PageCachePath
+from dualblade.planner import BudgetRequest, RunPlan, SegmentPlacer, make_plan
+from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
+from dualblade.settings import CacheSettings
+from dualblade.store import Device, KVStore
+from dualblade.superblock import capacity_for
+from dualblade.targets import default_capacity, open_target, open_volume
+from dualblade.tensors import PathKind, TensorSpec
+from dualblade.units import GIB, MIB
+from spdk_glue import QueueOptions
+
+GROWING_CAPACITY = 8 * GIB  # of a default target when nobody said how long the run will be
+WEIGHTS_SUFFIX = ".safetensors"
+
+
+class Offload:
+    """Opens what the settings ask for. Raises UsageError, BudgetError, TargetError, CapacityError;
+    whatever was opened by then is closed again."""
+
+    def __init__(self, specs: Sequence[TensorSpec], settings: CacheSettings, device: Device, grows: bool):
+        host = Host()
+        self.settings = settings
+        self.mapped_weights = mapped_bytes(host, WEIGHTS_SUFFIX)
+        snapshot = take_snapshot(host)
+        request = make_request(settings, snapshot, self.mapped_weights)
+        self.plan = make_plan(specs, request, snapshot, grows)
+        self.paths: dict[PathKind, StoragePath] = {}
+        self.note: str | None = None
+        try:
+            self._open_paths(grows)
+            self.store = self._make_store(specs, device)
+            self.store.place(self.plan.placements)
+        except BaseException:
+            for path in self.paths.values():
+                path.close()
+            raise
+        self.meter = MemoryMeter(self._cached_fds)
+        self.meter.start()
+
+    def _open_paths(self, grows: bool) -> None:
+        share_used = self.plan.bytes_on(PathKind.PAGE_CACHE)
+        if share_used or (grows and self.plan.share.bytes and self.settings.forced is not PathKind.DIRECT):
+            self.settings.cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.paths[PathKind.PAGE_CACHE] = PageCachePath(self.settings.cache_dir, self.settings.timeout_s)
+        wanted = self.plan.bytes_on(PathKind.DIRECT)
+        if wanted or self.settings.nvme or (grows and self.settings.forced is not PathKind.PAGE_CACHE):
+            self.paths[PathKind.DIRECT] = self._open_direct(wanted, grows)
+
+    def _open_direct(self, wanted: int, grows: bool) -> DirectPath:
+        settings = self.settings
+        capacity = settings.capacity
+        if capacity is None and settings.nvme is None:
+            extents = len(self.plan.specs)
+            capacity = default_capacity(settings.cache_dir, GROWING_CAPACITY) if grows else capacity_for(wanted, extents)
+        target = open_target(settings.nvme, capacity=capacity, cache_dir=settings.cache_dir)
+        try:
+            volume = open_volume(target)
+        except BaseException:
+            target.close()
+            raise
+        self.note = target.note
+        return DirectPath(target, volume, settings.timeout_s)
+
+    def _make_store(self, specs: Sequence[TensorSpec], device: Device) -> KVStore:
+        plan = self.plan
+        return KVStore(
+            specs, plan.layouts, device, self.paths, SegmentPlacer(plan),
+            slots=plan.pipeline.slots, capacity=plan.capacity, prefetch_depth=plan.pipeline.prefetch_depth,
+        )  # fmt: skip
+
+    def _cached_fds(self) -> list[int]:
+        path = self.paths.get(PathKind.PAGE_CACHE)
+        return list(path.fds) if isinstance(path, PageCachePath) else []
+
+    # report ---------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """The parts "memory", "paths", "placements" and "pipeline" of `run --json`."""
+        store = self.store
+        return {
+            "memory": {
+                "budget_bytes": self.settings.budget,
+                "peak_bytes": self.meter.peak_bytes + self.mapped_weights,
+                "kv_bytes": store.kv_bytes,
+                "staging_bytes": store.staging_bytes,
+                "tail_bytes": store.tail_bytes,
+                "staging_memory": store.pool.region.kind,
+                "page_cache_share_bytes": self.plan.share.bytes,
+                "page_cache_share_reason": self.plan.share.reason,
+            },
+            "paths": {
+                "page_cache": self._path_report(PathKind.PAGE_CACHE),
+                "direct": self._path_report(PathKind.DIRECT),
+            },
+            "placements": [
+                {"tensor": str(item.key), "path": item.path.value, "bytes": item.bytes, "reason": item.reason}
+                for item in store.placements
+            ],
+            "pipeline": self._pipeline_report(),
+        }
+
+    def _path_report(self, kind: PathKind) -> dict[str, Any]:
+        placed = [item for item in self.store.placements if item.path is kind]
+        path = self.paths.get(kind)
+        record: dict[str, Any] = {
+            "tensors": len({item.key for item in placed}), "bytes": sum(item.bytes for item in placed),
+            "read_bytes": 0, "write_bytes": 0, "read_gib_s": None,
+        }  # fmt: skip
+        if path is not None:
+            stats = path.queue.stats()
+            record["read_bytes"], record["write_bytes"] = stats.read_bytes, stats.write_bytes
+            if stats.read_busy_s:
+                record["read_gib_s"] = stats.read_bytes / GIB / stats.read_busy_s
+            record |= {"engine": path.queue.engine, "target": path.target}
+        if kind is PathKind.DIRECT and self.note:
+            record["note"] = self.note
+        return record
+
+    def _pipeline_report(self) -> dict[str, Any]:
+        path = self.paths.get(PathKind.DIRECT) or self.paths.get(PathKind.PAGE_CACHE)
+        options = path.queue.options if path else QueueOptions()
+        return {
+            "prefetch_depth": self.plan.pipeline.prefetch_depth,
+            "chunk_bytes": options.command_bytes,
+            "queue_depth": options.queue_depth,
+            "run_bytes": max(layout.run_bytes for layout in self.plan.layouts.values()),
+            "stall_s": self.store.stall_s,
+        }
+
+    def close(self) -> None:
+        """Leaves nothing behind, also after a failure."""
+        self.meter.stop()
+        self.store.close()
+
+
+def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int, loaded: bool = True) -> BudgetRequest:
+    """What of the budget is taken, read off this process. Weights count by their size, whether
+    they are anonymous or mapped; what else is anonymous now stays. loaded: the weights are there."""
+    weights = max(settings.weights, mapped)
+    anonymous_weights = max(0, weights - mapped) if loaded and settings.weights else 0
+    activations = settings.activations
+    return BudgetRequest(
+        budget=settings.budget,
+        weights=weights,
+        runtime=max(0, snapshot.process_anon - anonymous_weights),
+        activations=activations if activations is not None else max(64 * MIB, settings.budget // 20),
+        page_cache=settings.page_cache,
+        forced=settings.forced,
+        policy=settings.policy,
+        prefetch_depth=settings.prefetch_depth,
+    )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One protocol for both paths: room for a tensor, and transfers to and from it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dualblade.errors import StorageError
+from dualblade.layout import PAGE
+from dualblade.tensors import PathKind, TensorKey
+from spdk_glue import READ, Piece, Queue, Region, TransferError, TransferTimeout
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Contiguous space of one tensor on a path: `offset` and `nbytes` in bytes of file `file`."""
+
+    key: TensorKey
+    path: PathKind
+    file: int
+    offset: int
+    nbytes: int
+
+
+class Ticket:
+    """A transfer under way for one tensor. wait() any number of times; a failure is raised each time."""
+
+    __slots__ = ("_error", "_path", "_tag", "key", "op")
+
+    def __init__(self, path: StoragePath, key: TensorKey, op: int, tag: int):
+        self.key = key
+        self.op = op
+        self._path = path
+        self._tag: int | None = tag
+        self._error: StorageError | None = None
+
+    def done(self) -> bool:
+        return self._tag is None or self._path.queue.is_done(self._tag)
+
+    def wait(self) -> None:
+        """Raises StorageError naming tensor, LBA and NVMe status."""
+        if self._tag is not None:
+            tag, self._tag = self._tag, None
+            self._error = self._path.outcome(self, tag)
+        if self._error is not None:
+            raise self._error
+
+
+class StoragePath(ABC):
+    """A queue and the rooms on it."""
+
+    kind: PathKind
+    queue: Queue
+
+    def __init__(self, queue: Queue, timeout_s: float):
+        self.queue = queue
+        self.timeout_s = timeout_s
+
+    @property
+    @abstractmethod
+    def target(self) -> str:
+        """What a person calls this place."""
+
+    @abstractmethod
+    def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
+        """Room for each (tensor, bytes), all or none. Raises CapacityError."""
+
+    @abstractmethod
+    def release(self, rooms: Sequence[Room]) -> None:
+        """Give rooms back; their bytes are gone."""
+
+    @abstractmethod
+    def close(self) -> int:
+        """Leave nothing behind. Returns the transfers given up, whose memory must be kept."""
+
+    def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
+        """Start moving the pieces. Raises StorageError where the queue itself has failed."""
+        try:
+            return Ticket(self, key, op, self.queue.submit(op, pieces, self.timeout_s))
+        except OSError as error:
+            raise self._storage_error(key, op, error) from error
+
+    def outcome(self, ticket: Ticket, tag: int) -> StorageError | None:
+        try:
+            self.queue.wait(tag, self.timeout_s)
+        except OSError as error:
+            return self._storage_error(ticket.key, ticket.op, error)
+        return None
+
+    def register(self, region: Region) -> int:
+        return self.queue.register(region)
+
+    def _storage_error(self, key: TensorKey, op: int, error: OSError) -> StorageError:
+        verb = "reading" if op == READ else "writing"
+        where = f"{verb} {key} on the {self.kind.value} path ({self.target})"
+        if isinstance(error, TransferError):
+            record = error.completion
+            lba = record.offset // PAGE
+            status = f", NVMe status type {record.sct:#x} code {record.sc:#x}" if record.sct or record.sc else ""
+            return StorageError(
+                f"{where} failed at LBA {lba}{status}: {error.strerror}",
+                "the KV cache is incomplete, so generation stopped; check the drive, or run with another --nvme",
+                errno=error.errno or 5, tensor=str(key), lba=lba, sct=record.sct, sc=record.sc,
+            )  # fmt: skip
+        hint = "the drive does not answer; see the kernel's log" if isinstance(error, TransferTimeout) else None
+        return StorageError(f"{where}: {error.strerror}", hint, errno=error.errno or 5, tensor=str(key))

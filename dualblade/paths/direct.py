@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The direct path: extents of a volume, past every cache of the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dualblade.paths.base import Room, StoragePath
+from dualblade.tensors import PathKind, TensorKey
+
+if TYPE_CHECKING:
+    from dualblade.extents import Extent
+    from dualblade.targets import OpenTarget
+    from dualblade.volume import Volume
+
+
+class DirectPath(StoragePath):
+    """Rooms are contiguous LBA extents, entered in the volume's table before they are written."""
+
+    kind = PathKind.DIRECT
+
+    def __init__(self, target: OpenTarget, volume: Volume, timeout_s: float = 60.0):
+        super().__init__(target.queue, timeout_s)
+        self._open_target = target
+        self.volume = volume
+        self._extents: dict[Room, Extent] = {}
+
+    @property
+    def target(self) -> str:
+        return self._open_target.name
+
+    def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
+        if not wanted:
+            return []
+        extents = self.volume.allocate_many(list(wanted))
+        rooms = [
+            Room(key, self.kind, 0, extent.offset, extent.nbytes)
+            for (key, _), extent in zip(wanted, extents, strict=True)
+        ]
+        self._extents.update(zip(rooms, extents, strict=True))
+        return rooms
+
+    def release(self, rooms: Sequence[Room]) -> None:
+        if rooms:
+            self.volume.free([self._extents.pop(room) for room in rooms])
+
+    def close(self) -> int:
+        """The extents of a target of this process alone go with it; another's table is tidied first."""
+        if self._extents and not self._open_target.exclusive:
+            self.volume.free(list(self._extents.values()))
+        self._extents.clear()
+        self._open_target.close()
+        return self._open_target.given_up

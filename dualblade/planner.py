@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a budget to a plan: layouts, staging, the page cache's share and every tensor's place.
+
+The same plan serves `plan`, which shows it, and the cache, which carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dualblade.errors import BudgetError
+from dualblade.governor import Footprint, Share, page_cache_share, place, place_segment
+from dualblade.layout import Layout, choose_layout
+from dualblade.pipeline import PipelinePlan, plan_pipeline
+from dualblade.residency import MemorySnapshot
+from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
+from dualblade.units import MIB, format_size
+
+TAILS_SHARE = 16  # unfinished blocks take at most this fraction of the free budget
+DEFAULT_POLICY = "spread"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRequest:
+    """budget: bytes for the whole process, host memory. weights, runtime, activations: bytes.
+    page_cache: --page-cache-budget, or None. forced: the path of every tensor, or None."""
+
+    budget: int
+    weights: int
+    runtime: int
+    activations: int
+    page_cache: int | None = None
+    forced: PathKind | None = None
+    policy: str = DEFAULT_POLICY
+    prefetch_depth: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run will do. capacity: tokens of a staging slot. sizes: bytes of each tensor on its path."""
+
+    request: BudgetRequest
+    specs: tuple[TensorSpec, ...]
+    layouts: dict[TensorKey, Layout]
+    capacity: int
+    slot_bytes: int
+    pipeline: PipelinePlan
+    footprint: Footprint
+    share: Share
+    placements: list[Placement]
+
+    def bytes_on(self, path: PathKind) -> int:
+        return sum(placement.bytes for placement in self.placements if placement.path is path)
+
+
+def make_specs(
+    num_layers: int, batch: int, heads: int, head_dim: int, itemsize: int, tokens: int
+) -> tuple[TensorSpec, ...]:
+    """Every K and V in the order of decoding."""
+    return tuple(
+        TensorSpec(TensorKey(layer, kind), batch, heads, head_dim, itemsize, tokens)
+        for layer in range(num_layers)
+        for kind in ("K", "V")
+    )
+
+
+def make_plan(
+    specs: Sequence[TensorSpec], request: BudgetRequest, snapshot: MemorySnapshot | None, grows: bool = False
+) -> RunPlan:
+    """Raises BudgetError where the budget cannot hold the parts that never leave memory.
+
+    grows: the tokens of the specs are only where the run begins; tensors are placed as they grow.
+    """
+    left = request.budget - request.weights - request.runtime - request.activations
+    layouts = choose_layouts(specs, left)
+    capacity = max(layouts[spec.key].capacity_for(spec.tokens) for spec in specs)
+    slot_bytes = max(layouts[spec.key].slot_bytes(capacity) for spec in specs)
+    tails = sum(layout.block_bytes for layout in layouts.values())
+    pipeline = _plan_staging(specs, request, slot_bytes, left - tails)
+    footprint = Footprint(request.weights, request.runtime, pipeline.slots * slot_bytes, tails, request.activations)
+    share = page_cache_share(request.budget, footprint, snapshot, request.page_cache)
+    sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in specs}
+    placements = [] if grows else place(specs, sizes, share.bytes, request.policy, request.forced)
+    return RunPlan(
+        request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, placements
+    )  # fmt: skip
+
+
+def choose_layouts(specs: Sequence[TensorSpec], left: int) -> dict[TensorKey, Layout]:
+    """The unfinished blocks of all tensors share a small part of the `left` bytes of the budget."""
+    tail_bytes = max(0, left) // TAILS_SHARE // len(specs)
+    return {spec.key: choose_layout(spec, tail_bytes) for spec in specs}
+
+
+def _plan_staging(
+    specs: Sequence[TensorSpec], request: BudgetRequest, slot_bytes: int, left: int
+) -> PipelinePlan:
+    num_layers = len({spec.key.layer for spec in specs})
+    if 2 * slot_bytes <= left:
+        return plan_pipeline(num_layers, slot_bytes, left, request.prefetch_depth)
+    need = request.budget - left + 2 * slot_bytes
+    parts = (
+        f"weights {format_size(request.weights)}, runtime {format_size(request.runtime)}, "
+        f"activations {format_size(request.activations)}, one layer's K and V {format_size(2 * slot_bytes)}"
+    )
+    raise BudgetError(
+        f"a memory budget of {format_size(request.budget)} is too small: {format_size(need)} is needed ({parts})",
+        f"pass --mem-budget {-(-need // (64 * MIB)) * 64}M or more, or lower the context or the batch",
+    )
+
+
+class SegmentPlacer:
+    """Places what a tensor grows by, within the page cache's share."""
+
+    def __init__(self, plan: RunPlan):
+        self._share = plan.share.bytes
+        self._forced = plan.request.forced
+        self._used = plan.bytes_on(PathKind.PAGE_CACHE)
+
+    def __call__(self, key: TensorKey, nbytes: int) -> Placement:
+        placement = place_segment(key, nbytes, self._used, self._share, self._forced)
+        if placement.path is PathKind.PAGE_CACHE:
+            self._used += nbytes
+        return placement

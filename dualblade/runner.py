@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generation loop: prefill the prompt in chunks, then one token a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from dualblade.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """temperature 0 is greedy; the rest counts above it. top_p in (0, 1], top_k 0 for all."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UsageError("sampling wants temperature >= 0, 0 < top-p <= 1 and top-k >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """ids, mask: [batch, tokens], int64; padding is on the left, where the mask is 0."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.mask.all())
+
+
+@dataclass(slots=True)
+class Generated:
+    """tokens: one list a sequence. Times in seconds."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    steps: int = 0
+
+
+class Generation:
+    """One prompt on one model with one cache.
+
+    on_prefill(done, total) and on_token(ids) are called as the work goes on.
+    """
+
+    def __init__(
+        self, model: Any, cache: Cache, prompt: Prompt, sampling: Sampling, eos: frozenset[int], chunk: int,
+        on_prefill: Callable[[int, int], None] = lambda done, total: None,
+        on_token: Callable[[list[int]], None] = lambda ids: None,
+    ):  # fmt: skip
+        self.model = model
+        self.cache = cache
+        self.prompt = prompt
+        self.sampling = sampling
+        self.eos = eos
+        self.chunk = chunk
+        self.on_prefill = on_prefill
+        self.on_token = on_token
+        self._random = torch.Generator().manual_seed(sampling.seed)
+        self._mask = prompt.mask
+        self._seen = 0
+
+    @torch.inference_mode()
+    def run(self, max_new_tokens: int) -> Generated:
+        """Stops at `max_new_tokens`, or when every sequence has met an end token."""
+        result = Generated(tokens=[[] for _ in range(len(self.prompt.ids))])
+        begun = time.perf_counter()
+        logits = self._prefill()
+        result.prefill_s = time.perf_counter() - begun
+        begun = time.perf_counter()
+        for tokens in self._decode(logits, max_new_tokens):
+            result.steps += 1
+            self._take(result, tokens)
+        result.decode_s = time.perf_counter() - begun
+        return result
+
+    def _prefill(self) -> torch.Tensor:
+        total = self.prompt.ids.shape[1]
+        logits = torch.empty(0)
+        for at in range(0, total, self.chunk):
+            logits = self._forward(self.prompt.ids[:, at : at + self.chunk])
+            self.on_prefill(min(at + self.chunk, total), total)
+        return logits
+
+    def _decode(self, logits: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+        ended = torch.zeros(len(self.prompt.ids), dtype=torch.bool)
+        ends = torch.tensor(sorted(self.eos), dtype=torch.long)
+        for step in range(limit):
+            tokens = self._sample(logits)
+            yield torch.where(ended, -1, tokens)
+            ended |= torch.isin(tokens, ends)
+            if bool(ended.all()) or step + 1 == limit:
+                return
+            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+            logits = self._forward(tokens[:, None])
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of the last position, [batch, vocabulary]."""
+        begin, self._seen = self._seen, self._seen + ids.shape[1]
+        mask = self._mask[:, : self._seen]
+        # A mask that hides nothing would only cost attention its fast path.
+        extra = {"attention_mask": mask} if self.prompt.padded else {}
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:]
+        out = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True,
+            logits_to_keep=1, **extra,
+        )  # fmt: skip
+        return out.logits[:, -1].float()
+
+    def _sample(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)
+        scores = logits / self.sampling.temperature
+        if self.sampling.top_k:
+            least = scores.topk(min(self.sampling.top_k, scores.shape[-1])).values[:, -1:]
+            scores = scores.masked_fill(scores < least, float("-inf"))
+        probabilities = _nucleus(scores.softmax(-1), self.sampling.top_p)
+        return torch.multinomial(probabilities, 1, generator=self._random)[:, 0]
+
+    def _take(self, result: Generated, tokens: torch.Tensor) -> None:
+        ids = tokens.tolist()
+        for row, token in zip(result.tokens, ids, strict=True):
+            if token >= 0:
+                row.append(token)
+        self.on_token(ids)
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the fewest tokens whose probabilities reach top_p (Holtzman et al., 2020)."""
+    if top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered)
+
+
+class TextStream:
+    """Token ids to text as they come, holding back what may still change (half a character)."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
+        self._tokenizer = tokenizer
+        self._write = write
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> None:
+        self._ids.append(token)
+        self._show(self._text().removesuffix("\ufffd"))
+
+    def end(self) -> str:
+        """The whole text."""
+        text = self._text()
+        self._show(text)
+        return text
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _show(self, text: str) -> None:
+        self._write(text[self._shown :])
+        self._shown = max(self._shown, len(text))
+
+
+# prompts ------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: Any, texts: list[str]) -> Prompt:
+    """Texts padded on the left to one length. Raises UsageError for an empty prompt."""
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    if not batch["input_ids"].shape[1]:
+        raise UsageError("the prompt is empty", "pass some text with --prompt")
+    return Prompt(batch["input_ids"], batch["attention_mask"])
+
+
+def random_prompt(batch: int, tokens: int, vocabulary: int, seed: int) -> Prompt:
+    """Random token ids, the same for the same seed."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (batch, tokens), generator=random)
+    return Prompt(ids, torch.ones_like(ids))
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The token ids that end a sequence."""
+    ends = model.generation_config.eos_token_id
+    return frozenset(() if ends is None else ends if isinstance(ends, list) else (ends,))
+
+
+def in_memory_cache(config: Any) -> Cache:
+    """transformers' own cache, all in memory: the reference."""
+    return DynamicCache(config=config)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may set for one cache, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualblade.config import default_cache_dir
+from dualblade.errors import UsageError
+from dualblade.planner import DEFAULT_POLICY
+from dualblade.tensors import PathKind
+from dualblade.units import parse_size
+
+KV_PATHS = {"auto": None, "page-cache": PathKind.PAGE_CACHE, "direct": PathKind.DIRECT}
+POLICIES = ("spread", "first-fit")
+
+
+def _size(value: str | int | None, name: str) -> int | None:
+    if value is None or isinstance(value, int):
+        return value
+    return parse_size(value, name)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """Sizes in bytes. forced: the path of every tensor, or None for the governor's choice.
+    capacity: size of a target that is made by this run. weights, activations: what the model's
+    weights and one forward pass take of host memory; activations None: a share of the budget."""
+
+    nvme: str | None
+    budget: int
+    page_cache: int | None
+    forced: PathKind | None
+    policy: str
+    cache_dir: Path
+    capacity: int | None
+    weights: int
+    activations: int | None
+    prefetch_depth: int | None
+    timeout_s: float = 60.0
+
+    @classmethod
+    def checked(
+        cls, *, mem_budget: str | int, nvme: str | None = None, page_cache_budget: str | int | None = None,
+        kv_path: str = "auto", policy: str | None = None, cache_dir: str | Path | None = None,
+        capacity: str | int | None = None, weights_bytes: int = 0, activation_bytes: int | None = None,
+        prefetch_depth: int | None = None,
+    ) -> CacheSettings:  # fmt: skip
+        """Raises UsageError naming the setting that makes no sense."""
+        if kv_path not in KV_PATHS:
+            raise UsageError(f"kv_path {kv_path!r} is none of {', '.join(KV_PATHS)}")
+        if policy is not None and policy not in POLICIES:
+            raise UsageError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+        budget = _size(mem_budget, "mem_budget")
+        if not budget or budget <= 0:
+            raise UsageError(f"mem_budget {mem_budget!r} is not a size", "write e.g. 6G")
+        return cls(
+            nvme=nvme,
+            budget=budget,
+            page_cache=_size(page_cache_budget, "page_cache_budget"),
+            forced=KV_PATHS[kv_path],
+            policy=policy or DEFAULT_POLICY,
+            cache_dir=Path(cache_dir) if cache_dir else default_cache_dir(),
+            capacity=_size(capacity, "capacity"),
+            weights=weights_bytes,
+            activations=activation_bytes,
+            prefetch_depth=prefetch_depth,
+        )

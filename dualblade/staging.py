@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staging slots: the memory that a tensor is read into, and that attention reads.
+
+A slot holds one tensor, head-major, [batch x KV head, capacity, head_dim]. It is leased for one
+layer at a time and goes back to the pool when every write out of it has completed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from dualblade.paths.base import Ticket
+from dualblade.units import round_up
+from spdk_glue import PAGE, Region
+
+
+class Slot:
+    """address: of the first row. view: what the device made of the memory. fills: reads under way;
+    drains: writes under way. generation counts leases."""
+
+    __slots__ = ("address", "drains", "fills", "generation", "offset", "owner", "view")
+
+    def __init__(self, address: int, offset: int):
+        self.address = address
+        self.offset = offset
+        self.view: Any = None
+        self.owner: object = None
+        self.generation = 0
+        self.fills: list[Ticket] = []
+        self.drains: list[Ticket] = []
+
+    def __repr__(self) -> str:
+        return f"<Slot of {self.owner}, {len(self.fills)} reads, {len(self.drains)} writes>"
+
+
+class SlotPool:
+    """`count` slots of `slot_bytes` in one region."""
+
+    def __init__(self, count: int, slot_bytes: int):
+        self.slot_bytes = round_up(slot_bytes, PAGE)
+        self.region = Region(count * self.slot_bytes)
+        self.slots = [Slot(self.region.address + at, at) for at in range(0, count * self.slot_bytes, self.slot_bytes)]
+        self._free: deque[Slot] = deque(self.slots)
+        self._draining: deque[Slot] = deque()
+
+    def lease(self, owner: object, wait: bool) -> Slot | None:
+        """A slot for `owner`; None when all are in use. `wait`: for the oldest writes if need be.
+
+        Raises StorageError where such a write failed.
+        """
+        self._collect()
+        if not self._free and wait and self._draining:
+            slot = self._draining.popleft()
+            self._finish(slot)
+        if not self._free:
+            return None
+        slot = self._free.popleft()
+        slot.owner = owner
+        slot.generation += 1
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        slot.owner = None
+        if slot.drains or slot.fills:
+            self._draining.append(slot)
+        else:
+            self._free.append(slot)
+
+    def _collect(self) -> None:
+        while self._draining and all(ticket.done() for ticket in self._pending(self._draining[0])):
+            self._finish(self._draining.popleft())
+
+    def _finish(self, slot: Slot) -> None:
+        try:
+            for ticket in self._pending(slot):
+                ticket.wait()
+        finally:
+            slot.fills, slot.drains = [], []
+            self._free.append(slot)
+
+    @staticmethod
+    def _pending(slot: Slot) -> list[Ticket]:
+        return slot.fills + slot.drains
+
+    def drain(self) -> None:
+        """Wait for every write. Raises StorageError."""
+        while self._draining:
+            self._finish(self._draining.popleft())
+
+    @property
+    def free(self) -> int:
+        self._collect()
+        return len(self._free)

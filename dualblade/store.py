@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVStore: append new rows, load a whole tensor, with the next layers already on their way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dualblade.errors import ConfigError, DualBladeError
+from dualblade.layout import Layout
+from dualblade.paths.base import Room, StoragePath, Ticket
+from dualblade.pipeline import layers_ahead
+from dualblade.staging import Slot, SlotPool
+from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
+from dualblade.units import MIB
+from spdk_glue import READ, WRITE, Piece, Region
+
+LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
+
+
+class Device(Protocol):
+    """What the store asks of a device (see device.py)."""
+
+    def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> Any: ...
+    def copy_rows(self, source: Any, start: int, out: Any, at: int, count: int) -> None: ...
+
+
+class Placer(Protocol):
+    """Decides where the next segment of a tensor goes."""
+
+    def __call__(self, key: TensorKey, nbytes: int) -> Placement: ...
+
+
+@dataclass(slots=True)
+class Segment:
+    """Blocks [first, first + blocks) of a tensor lie in `room`."""
+
+    first: int
+    blocks: int
+    room: Room
+
+
+@dataclass(slots=True)
+class Tensor:
+    """One K or V: its rows on the paths, and the unfinished block that stays in memory."""
+
+    spec: TensorSpec
+    layout: Layout
+    tail: Any
+    tokens: int = 0
+    segments: list[Segment] = field(default_factory=list)
+    writes: list[Ticket] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks there is room for."""
+        return self.segments[-1].first + self.segments[-1].blocks if self.segments else 0
+
+    @property
+    def full(self) -> int:
+        """Blocks on the medium."""
+        return self.layout.full_blocks(self.tokens)
+
+
+class KVStore:
+    """The tensors of one generation.
+
+    `load(key, room)` gives the slot that holds all rows of a tensor, with place for `room` more;
+    `append(key, slot, count)` takes rows that were written to the slot behind them. One layer's
+    slots stay valid until another layer is loaded. After an error nothing is served any more.
+    """
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], layouts: Mapping[TensorKey, Layout], device: Device,
+        paths: Mapping[PathKind, StoragePath], placer: Placer, slots: int, capacity: int, prefetch_depth: int,
+    ):  # fmt: skip
+        self.device = device
+        self.paths = paths
+        self.placer = placer
+        self.placements: list[Placement] = []
+        self.prefetch_depth = prefetch_depth
+        self.stall_s = 0.0
+        self.failure: DualBladeError | None = None
+        self._layers = sorted({spec.key.layer for spec in specs})
+        self._slots = slots
+        self._layer: int | None = None
+        self._in_use: dict[TensorKey, Slot] = {}
+        self._fetched: dict[TensorKey, Slot] = {}
+        self._tails, self.tensors = self._make_tensors(specs, layouts)
+        self._make_pool(capacity)
+
+    # set-up ---------------------------------------------------------------------------------
+
+    def _make_tensors(
+        self, specs: Sequence[TensorSpec], layouts: Mapping[TensorKey, Layout]
+    ) -> tuple[Region, dict[TensorKey, Tensor]]:
+        region = Region(sum(layouts[spec.key].block_bytes for spec in specs), hugepages=False)
+        tensors, offset = {}, 0
+        for spec in specs:
+            layout = layouts[spec.key]
+            tail = self.device.open(region, offset, spec.runs, layout.block_tokens, spec.head_dim)
+            tensors[spec.key] = Tensor(spec, layout, tail)
+            offset += layout.block_bytes
+        return region, tensors
+
+    def _make_pool(self, capacity: int) -> None:
+        self.capacity = max(tensor.layout.capacity_for(capacity) for tensor in self.tensors.values())
+        slot_bytes = max(tensor.layout.slot_bytes(self.capacity) for tensor in self.tensors.values())
+        self.pool = SlotPool(self._slots, slot_bytes)
+        for path in self.paths.values():
+            path.register(self.pool.region)
+
+    def place(self, placements: Sequence[Placement]) -> None:
+        """Take the room that the governor decided on, before the first token. Raises CapacityError."""
+        for kind, path in self.paths.items():
+            chosen = [placement for placement in placements if placement.path is kind]
+            rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
+            for room in rooms:
+                tensor = self.tensors[room.key]
+                tensor.segments.append(Segment(0, room.nbytes // tensor.layout.block_bytes, room))
+        self.placements += placements
+
+    # load -----------------------------------------------------------------------------------
+
+    def load(self, key: TensorKey, extra: int = 0) -> Slot:
+        """The slot with all rows of the tensor in place and room for `extra` more tokens.
+
+        Raises StorageError; from then on every call raises the same.
+        """
+        self._check()
+        try:
+            self._enter_layer(key.layer, self.tensors[key].tokens + extra)
+            slot = self._in_use[key]
+            self._await(self.tensors[key], slot)
+            self._restore_tail(self.tensors[key], slot)
+            return slot
+        except DualBladeError as error:
+            self.failure = error
+            raise
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _enter_layer(self, layer: int, tokens: int) -> None:
+        """Let the last layer's slots go, and start what this layer and the next ones need."""
+        if layer == self._layer and tokens <= self.capacity:
+            return
+        self._leave_layer()
+        if tokens > self.capacity:
+            self._grow_pool(tokens)
+        self._layer = layer
+        for key in self._keys(layer):
+            slot = self._fetched.pop(key, None) or self._fetch(key, wait=True)
+            if slot is None:
+                raise ConfigError(f"the staging pool has too few slots for {key}")
+            self._in_use[key] = slot
+        self.prefetch(layer)
+
+    def _leave_layer(self) -> None:
+        for slot in self._in_use.values():
+            self.pool.give_back(slot)
+        self._in_use.clear()
+        self._layer = None
+
+    def prefetch(self, layer: int) -> None:
+        """Start reading the layers after `layer` into the slots that are free."""
+        for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.prefetch_depth):
+            for key in self._keys(self._layers[ahead]):
+                if key in self._fetched or not self.tensors[key].full:
+                    continue
+                slot = self._fetch(key, wait=False)
+                if slot is None:
+                    return
+                self._fetched[key] = slot
+
+    def _keys(self, layer: int) -> tuple[TensorKey, TensorKey]:
+        return TensorKey(layer, "K"), TensorKey(layer, "V")
+
+    def _fetch(self, key: TensorKey, wait: bool) -> Slot | None:
+        """Lease a slot and start reading the tensor's full blocks into it."""
+        slot = self.pool.lease(key, wait) or (self._drop_fetched(key, wait) if wait else None)
+        if slot is None:
+            return None
+        tensor = self.tensors[key]
+        spec = tensor.spec
+        slot.view = self.device.open(self.pool.region, slot.offset, spec.runs, self.capacity, spec.head_dim)
+        slot.fills = self._transfers(READ, tensor, slot, 0, tensor.full)
+        return slot
+
+    def _drop_fetched(self, key: TensorKey, wait: bool) -> Slot | None:
+        """A layer out of the usual order takes the slot that would be needed last."""
+        while self._fetched:
+            _, slot = self._fetched.popitem()
+            self.pool.give_back(slot)
+            leased = self.pool.lease(key, wait)
+            if leased:
+                return leased
+        return None
+
+    def _transfers(self, op: int, tensor: Tensor, slot: Slot, first: int, end: int) -> list[Ticket]:
+        """Move blocks [first, end) between the slot and their rooms: one transfer a path."""
+        pieces: dict[PathKind, list[Piece]] = {}
+        for segment in tensor.segments:
+            begin, stop = max(first, segment.first), min(end, segment.first + segment.blocks)
+            if begin < stop:
+                piece = self._piece(tensor, slot, segment, begin, stop - begin)
+                pieces.setdefault(segment.room.path, []).append(piece)
+        return [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+
+    def _piece(self, tensor: Tensor, slot: Slot, segment: Segment, first: int, blocks: int) -> Piece:
+        layout = tensor.layout
+        return Piece(
+            offset=segment.room.offset + (first - segment.first) * layout.block_bytes,
+            address=slot.address + first * layout.run_bytes,
+            head_stride=self.capacity * layout.row_bytes,
+            block_stride=layout.run_bytes,
+            run_bytes=layout.run_bytes,
+            heads=layout.runs,
+            blocks=blocks,
+            file=segment.room.file,
+        )
+
+    def _await(self, tensor: Tensor, slot: Slot) -> None:
+        """The slot is filled, and everything written before it really reached the medium."""
+        begun = time.perf_counter()
+        for ticket in slot.fills:
+            ticket.wait()
+        slot.fills = []
+        if tensor.full:
+            for ticket in tensor.writes:
+                ticket.wait()
+            tensor.writes = []
+        self.stall_s += time.perf_counter() - begun
+
+    def _restore_tail(self, tensor: Tensor, slot: Slot) -> None:
+        begin = tensor.full * tensor.layout.block_tokens
+        if tensor.tokens > begin:
+            self.device.copy_rows(tensor.tail, 0, slot.view, begin, tensor.tokens - begin)
+
+    # append ---------------------------------------------------------------------------------
+
+    def append(self, key: TensorKey, slot: Slot, count: int) -> None:
+        """`count` new tokens are in the slot behind the old ones. Whole blocks are written behind
+        the caller's back; the rest stays in memory. Raises StorageError, CapacityError."""
+        self._check()
+        tensor = self.tensors[key]
+        old = tensor.full
+        tensor.tokens += count
+        try:
+            if tensor.full > old:
+                self._make_room(tensor)
+                tickets = self._transfers(WRITE, tensor, slot, old, tensor.full)
+                slot.drains += tickets
+                tensor.writes = [ticket for ticket in tensor.writes if not ticket.done()] + tickets
+        except DualBladeError as error:
+            self.failure = error
+            raise
+        self._keep_tail(tensor, slot, count)
+
+    def _keep_tail(self, tensor: Tensor, slot: Slot, count: int) -> None:
+        block = tensor.full * tensor.layout.block_tokens
+        begin = max(block, tensor.tokens - count)
+        if tensor.tokens > begin:
+            self.device.copy_rows(slot.view, begin, tensor.tail, begin - block, tensor.tokens - begin)
+
+    def _make_room(self, tensor: Tensor) -> None:
+        """A tensor that outgrew its room gets another contiguous segment, twice as large up to a limit."""
+        missing = tensor.full - tensor.blocks
+        if missing <= 0:
+            return
+        block = tensor.layout.block_bytes
+        blocks = max(missing, min(max(tensor.blocks, 1), max(1, LARGEST_STEP // block)))
+        placement = self.placer(tensor.spec.key, blocks * block)
+        room = self.paths[placement.path].allocate([(placement.key, placement.bytes)])[0]
+        tensor.segments.append(Segment(tensor.blocks, blocks, room))
+        self.placements.append(placement)
+
+    def _grow_pool(self, tokens: int) -> None:
+        """Slots for a longer context than was foreseen. Nothing is in use at this point."""
+        for slot in self._fetched.values():
+            self.pool.give_back(slot)
+        self._fetched.clear()
+        self.pool.drain()
+        for path in self.paths.values():
+            path.queue.unregister(self.pool.region)
+        self.pool.region.close()
+        self._make_pool(max(tokens, 2 * self.capacity))
+
+    # state ----------------------------------------------------------------------------------
+
+    def tokens(self, layer: int) -> int:
+        return self.tensors[TensorKey(layer, "K")].tokens
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.pool.region.size
+
+    @property
+    def tail_bytes(self) -> int:
+        return self._tails.size
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(tensor.tokens * tensor.spec.token_bytes for tensor in self.tensors.values())
+
+    def flush(self) -> None:
+        """Wait for everything under way. Raises StorageError."""
+        self._leave_layer()
+        for slot in self._fetched.values():
+            self.pool.give_back(slot)
+        self._fetched.clear()
+        self.pool.drain()
+
+    def reset(self) -> None:
+        """Forget every row; the rooms stay, to be written anew."""
+        self._check()
+        self.flush()
+        for tensor in self.tensors.values():
+            tensor.tokens = 0
+            tensor.writes = []
+
+    def close(self) -> None:
+        """Close both paths. Memory that a transfer may still write to is kept for ever."""
+        given_up = sum(path.close() for path in self.paths.values())
+        for region in (self.pool.region, self._tails):
+            region.abandon() if given_up else region.close()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a test may need of the machine, and how to find out whether it is there.
+
+Each probe returns None when the need is met, else the reason why not, which completes
+"skipped because ...".
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def direct_problem(folder: Path) -> str | None:
+    """Does O_DIRECT work on a file in this folder?"""
+    page = mmap.mmap(-1, 4096)
+    fd = -1
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            fd = os.open(file.name, os.O_RDWR | os.O_DIRECT)
+            os.pwrite(fd, page, 0)
+    except OSError as error:
+        return f"{folder} refuses O_DIRECT ({error.strerror})"
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return None
+
+
+def _o_direct() -> str | None:
+    return direct_problem(Path(tempfile.gettempdir()))
+
+
+def _uring() -> str | None:
+    import spdk_glue
+
+    if "uring" not in spdk_glue.engines():
+        return "this build has no uring engine (liburing was not found)"
+    with tempfile.TemporaryFile() as file:
+        try:
+            spdk_glue.Queue.files([file.fileno()]).close()
+        except OSError as error:
+            return f"the kernel refuses a ring ({error})"
+    return None
+
+
+def _spdk() -> str | None:
+    if not shutil.which("pkg-config"):
+        return "there is no pkg-config to find spdk_nvme with"
+    found = subprocess.run(["pkg-config", "--exists", "spdk_nvme"], check=False).returncode == 0
+    return None if found else "pkg-config finds no spdk_nvme"
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "the tests do not run as root"
+
+
+def _hugepages() -> str | None:
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    free = int(pool.read_text()) if pool.exists() else 0
+    return None if free >= 16 else f"{free} hugepages of 2 MiB are free, 16 are needed"
+
+
+def _program(name: str) -> Callable[[], str | None]:
+    return lambda: None if shutil.which(name) else f"{name} is not in PATH"
+
+
+_PROBES: dict[str, Callable[[], str | None]] = {
+    "uring": _uring,
+    "o_direct": _o_direct,
+    "cc": _program("cc"),
+    "fio": _program("fio"),
+    "root": _root,
+    "hugepages": _hugepages,
+    "spdk": _spdk,
+    "qemu": _program("qemu-system-x86_64"),
+    "gpu": _gpu,
+}
+NAMES = tuple(_PROBES)
+# named at the end of every run, also when no test needs them
+ALWAYS_TOLD = ("spdk", "qemu", "gpu")
+
+
+@functools.cache
+def problem(need: str) -> str | None:
+    """Why the need is not met on this machine, or None."""
+    return _PROBES[need]()
