@@ -104,7 +104,7 @@ class DualBladeCache(Cache):
         text = config.get_text_config(decoder=True)
         self._num_layers = _check_layers(text)
         self._max_tokens = max_tokens
-        self._offload: Offload | None = None
+        self._storage: Offload | None = None
         self._device: CpuDevice | None = None
         self.update_s = 0.0
         super().__init__(layers=[OffloadedLayer(self, index) for index in range(self._num_layers)])
@@ -123,27 +123,27 @@ class DualBladeCache(Cache):
         if rows.requires_grad:
             raise ConfigError("DualBladeCache is for inference", "call the model under torch.no_grad()")
         batch, heads, tokens, head_dim = rows.shape
-        if self._offload is None:
+        if self._storage is None:
             expected = self._max_tokens or max(FIRST_TOKENS, 2 * tokens)
             specs = make_specs(self._num_layers, batch, heads, head_dim, rows.dtype.itemsize, expected)
             self._open(specs, rows.dtype)
 
     def _open(self, specs: tuple[TensorSpec, ...], dtype: torch.dtype) -> None:
         self._device = CpuDevice(dtype)
-        self._offload = Offload(specs, self.settings, self._device, grows=not self._max_tokens)
+        self._storage = Offload(specs, self.settings, self._device, grows=not self._max_tokens)
 
     @property
-    def offload(self) -> Offload:
-        if self._offload is None:
+    def storage(self) -> Offload:
+        if self._storage is None:
             raise ConfigError("the cache is empty: nothing was generated with it yet")
-        return self._offload
+        return self._storage
 
     # the life of a token --------------------------------------------------------------------
 
     def exchange(self, key: TensorKey, rows: torch.Tensor) -> torch.Tensor:
         """Append `rows` to one tensor and return all of it, [batch, KV head, tokens, head_dim]."""
         begun = time.perf_counter()
-        store, device = self.offload.store, self._device
+        store, device = self.storage.store, self._device
         self._check_rows(key, rows)
         assert device is not None
         count = rows.shape[-2]
@@ -155,7 +155,7 @@ class DualBladeCache(Cache):
         return device.rows(slot.view, rows.shape[0], before + count)
 
     def _check_rows(self, key: TensorKey, rows: torch.Tensor) -> None:
-        spec = self.offload.store.tensors[key].spec
+        spec = self.storage.store.tensors[key].spec
         expected = (spec.batch, spec.heads, spec.head_dim)
         got = (rows.shape[0], rows.shape[1], rows.shape[3])
         if got != expected or (self._device and rows.dtype != self._device.dtype):
@@ -166,22 +166,22 @@ class DualBladeCache(Cache):
             )
 
     def tokens(self, layer: int) -> int:
-        return self._offload.store.tokens(layer) if self._offload else 0
+        return self._storage.store.tokens(layer) if self._storage else 0
 
     def reset(self) -> None:
         """Forget every token; the rooms are kept for the next prompt of the same batch."""
-        if self._offload:
-            self._offload.store.reset()
+        if self._storage:
+            self._storage.store.reset()
 
     def report(self) -> dict[str, Any]:
         """The parts "memory", "paths", "placements" and "pipeline" of `run --json`."""
-        return self.offload.report()
+        return self.storage.report()
 
     def close(self) -> None:
         """Leave nothing behind: no file, no extent, no memory."""
-        offload, self._offload = self._offload, None
-        if offload:
-            offload.close()
+        storage, self._storage = self._storage, None
+        if storage:
+            storage.close()
 
     def __enter__(self) -> DualBladeCache:
         return self

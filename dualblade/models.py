@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from dualblade.errors import ConfigError, ModelError, UsageError
 from dualblade.planner import make_specs
@@ -41,6 +42,12 @@ class ModelRef:
     def folder(self) -> Path | None:
         path = Path(self.source)
         return path if path.is_dir() else None
+
+
+def quiet_libraries() -> None:
+    """transformers' progress bars and advice are about its own use, not ours."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def resolve(name: str) -> ModelRef:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dualblade.host.maps import mapped_bytes
+from dualblade.host.maps import mapped_weights
 from dualblade.host.sysfs import Host
 from dualblade.paths.base import StoragePath
 from dualblade.paths.direct import DirectPath
@@ -22,7 +22,6 @@ from dualblade.units import GIB, MIB
 from spdk_glue import QueueOptions
 
 GROWING_CAPACITY = 8 * GIB  # of a default target when nobody said how long the run will be
-WEIGHTS_SUFFIX = ".safetensors"
 
 
 class Offload:
@@ -32,22 +31,22 @@ class Offload:
     def __init__(self, specs: Sequence[TensorSpec], settings: CacheSettings, device: Device, grows: bool):
         host = Host()
         self.settings = settings
-        self.mapped_weights = mapped_bytes(host, WEIGHTS_SUFFIX)
+        self.mapped_weights = mapped_weights(host)
         snapshot = take_snapshot(host)
         request = make_request(settings, snapshot, self.mapped_weights)
         self.plan = make_plan(specs, request, snapshot, grows)
         self.paths: dict[PathKind, StoragePath] = {}
         self.note: str | None = None
+        self.meter = MemoryMeter(self._cached_fds)
         try:
             self._open_paths(grows)
             self.store = self._make_store(specs, device)
             self.store.place(self.plan.placements)
+            self.meter.start()
         except BaseException:
             for path in self.paths.values():
                 path.close()
             raise
-        self.meter = MemoryMeter(self._cached_fds)
-        self.meter.start()
 
     def _open_paths(self, grows: bool) -> None:
         share_used = self.plan.bytes_on(PathKind.PAGE_CACHE)
@@ -64,7 +63,8 @@ class Offload:
         if capacity is None and settings.nvme is None:
             extents = len(self.plan.specs)
             capacity = default_capacity(settings.cache_dir, GROWING_CAPACITY) if grows else capacity_for(wanted, extents)
-        target = open_target(settings.nvme, capacity=capacity, cache_dir=settings.cache_dir)
+        options = QueueOptions(drain_ms=int(settings.timeout_s * 1000))
+        target = open_target(settings.nvme, capacity=capacity, cache_dir=settings.cache_dir, options=options)
         try:
             volume = open_volume(target)
         except BaseException:
@@ -141,8 +141,10 @@ class Offload:
 
     def close(self) -> None:
         """Leaves nothing behind, also after a failure."""
-        self.meter.stop()
-        self.store.close()
+        try:
+            self.meter.stop()
+        finally:
+            self.store.close()
 
 
 def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int, loaded: bool = True) -> BudgetRequest:

@@ -14,19 +14,24 @@ import os
 import secrets
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from dualblade.errors import CapacityError, TargetError, UsageError
 from dualblade.extents import LBA
-from dualblade.units import GIB, format_size
+from dualblade.units import GIB, MIB, format_size
 from spdk_glue import FileFacts, file_facts
 
 _RW = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _NEW = _RW | os.O_CREAT | os.O_EXCL
+_PATIENCE_S = 2.0
 _BLKROGET = 0x125E
 _DISK_HINT = "use a folder on a local disk, for instance on ext4 or xfs"
+
+Result = TypeVar("Result")
 
 
 # open ---------------------------------------------------------------------------------------
@@ -90,8 +95,10 @@ def closed_on_error(fd: int, undo: Callable[[], None] = lambda: None) -> Iterato
     try:
         yield fd
     except BaseException:
-        undo()
-        os.close(fd)
+        try:
+            undo()
+        finally:
+            os.close(fd)
         raise
 
 
@@ -138,7 +145,7 @@ def _stat(path: Path) -> os.stat_result:
 
 def _open(path: Path, flags: int) -> int:
     try:
-        return os.open(path, flags, 0o600)
+        return _patiently(lambda: os.open(path, flags, 0o600))
     except OSError as error:
         raise _open_error(path, error) from error
 
@@ -213,13 +220,32 @@ def _try_read(fd: int, name: str) -> None:
 def _lock(fd: int, name: str) -> None:
     """Raises TargetError where another process, or this one, has the volume open."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _patiently(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError as error:
         pid = _lock_holder(fd)
         by = f"another process (pid {pid})" if pid else "another process"
         raise TargetError(f"{name} is in use by {by}", "wait for it, or name another target") from error
     except OSError as error:
         raise TargetError(f"{name} cannot be locked: {error.strerror}", _DISK_HINT) from error
+
+
+def _patiently(attempt: Callable[[], Result]) -> Result:
+    """`attempt`, again while the target is taken: the kernel takes an io_uring apart some time after
+    its process has ended, and holds the file until then."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return attempt()
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EBUSY) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def release(fd: int) -> None:
+    """Unlock and close, once no transfer is under way."""
+    fcntl.flock(fd, fcntl.LOCK_UN)  # at once: a closed queue may hold the file a little longer
+    os.close(fd)
 
 
 def _lock_holder(fd: int) -> int | None:
@@ -275,6 +301,42 @@ def _allocate(fd: int, capacity: int, name: str) -> None:
                 "free some space, ask for less, or name a folder on another disk",
             ) from error
         raise TargetError(f"{name}: space cannot be allocated: {error.strerror}", _DISK_HINT) from error
+
+
+# edges --------------------------------------------------------------------------------------
+
+
+def read_edges(fd: int, name: str) -> bytes:
+    """The first and the last MiB, to the last byte. Raises TargetError."""
+    with _buffered(fd, os.O_RDONLY, name) as (plain_fd, spans):
+        return b"".join(os.pread(plain_fd, nbytes, offset) for offset, nbytes in spans)
+
+
+def zero_edges(fd: int, name: str) -> None:
+    """Durably. Raises TargetError."""
+    with _buffered(fd, os.O_RDWR, name) as (plain_fd, spans):
+        for offset, nbytes in spans:
+            os.pwrite(plain_fd, bytes(nbytes), offset)
+        os.fsync(plain_fd)
+
+
+@contextmanager
+def _buffered(fd: int, flags: int, name: str) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """The same file without O_DIRECT, which cannot reach the end of a disk of odd size; and its
+    edges as (offset, bytes)."""
+    size = file_facts(fd).size
+    edge = min(MIB, size)
+    try:
+        plain_fd = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+        try:
+            yield plain_fd, [(0, edge), (size - edge, edge)]
+        finally:
+            os.close(plain_fd)
+    except OSError as error:
+        raise TargetError(f"the edges of {name}: {error.strerror}") from error
+
+
+# size ---------------------------------------------------------------------------------------
 
 
 def facts_of(fd: int, name: str) -> FileFacts:

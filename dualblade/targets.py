@@ -20,9 +20,12 @@ from dualblade.target_files import (
     open_default,
     open_existing,
     open_new,
+    read_edges,
+    release,
     remove_if_same,
     room,
     whole_lbas,
+    zero_edges,
 )
 from dualblade.units import parse_size
 from dualblade.volume import TIMEOUT, Volume
@@ -155,12 +158,21 @@ class OpenTarget:
     def engine(self) -> str:
         return self.queue.engine
 
+    def edges(self) -> bytes:
+        """The first and the last MiB, as they are now. Raises TargetError."""
+        return b"" if self._fd is None else read_edges(self._fd, self.name)
+
+    def erase_edges(self) -> None:
+        """Zeros there: what other programs know a disk by. Raises TargetError."""
+        if self._fd is not None:
+            zero_edges(self._fd, self.name)
+
     def close(self) -> None:
         if not self.queue.closed:
             self.given_up = self.queue.close()
         # A write that was given up may still land: until the process ends nobody else gets the lock.
         if self._fd is not None and not self.given_up:
-            os.close(self._fd)
+            release(self._fd)
             self._fd = None
 
     def discard(self) -> None:

@@ -8,8 +8,9 @@ import re
 from dualblade.errors import UsageError
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+LARGEST = 1 << 60  # above it no file can be, and multiplying would overflow in C
 _UNITS = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT])(?:iB)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT])(?:iB)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str, name: str = "size") -> int:
@@ -18,10 +19,10 @@ def parse_size(text: str, name: str = "size") -> int:
     A bare number and "6GB" are refused: nobody can tell which unit was meant.
     """
     match = _SIZE.fullmatch(text.strip())
-    nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if nbytes <= 0:
+    nbytes = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    if not 1 <= nbytes < LARGEST:
         raise UsageError(f"{name} {text!r} is not a size", "write a number and K, M, G or T (powers of 1024), e.g. 6G")
-    return nbytes
+    return int(nbytes)
 
 
 def format_size(nbytes: float) -> str:

@@ -10,7 +10,7 @@ from dualblade.paths.base import Room, StoragePath
 from dualblade.planner import make_specs
 from dualblade.store import Device, KVStore
 from dualblade.tensors import PathKind, Placement, TensorKey
-from spdk_glue import Queue
+from spdk_glue import Queue, Region
 
 # Llama-3-8B: 8 KV heads of 128, bfloat16; 64K tokens are 128 MiB a tensor.
 HEADS, HEAD_DIM, ITEMSIZE, TOKENS = 8, 128, 2, 65536
@@ -39,20 +39,29 @@ class RawPath(StoragePath):
     def release(self, rooms: Sequence[Room]) -> None:
         self._end -= sum(room.nbytes for room in rooms)
 
+    def register(self, region: Region) -> int:
+        """Scattered runs gain nothing from it, and it would outlast the store."""
+        return 0
+
     def close(self) -> int:
         return 0
 
 
-def kv_store(queue: Queue, device: Device, num_layers: int, tokens: int = TOKENS) -> KVStore:
-    """Every tensor is full: what lies on the medium is taken for its rows."""
+def kv_store(
+    queue: Queue, device: Device, num_layers: int, tokens: int = TOKENS, path: StoragePath | None = None
+) -> KVStore:
+    """Every tensor is full: what lies on the medium is taken for its rows. path: None for a RawPath."""
+    path = path or RawPath(queue)
     specs = make_specs(num_layers, 1, HEADS, HEAD_DIM, ITEMSIZE, tokens)
     layouts = {spec.key: choose_layout(spec) for spec in specs}
-    placements = [Placement(spec.key, PathKind.DIRECT, layouts[spec.key].bytes_for(tokens), "bench") for spec in specs]
+    placements = [
+        Placement(spec.key, path.kind, layouts[spec.key].bytes_for(tokens), "benchmark") for spec in specs
+    ]
 
     def no_growth(key: TensorKey, nbytes: int) -> Placement:
         raise AssertionError(f"{key} was given room for all its tokens")
 
-    store = KVStore(specs, layouts, device, {PathKind.DIRECT: RawPath(queue)}, no_growth, 2, tokens, 0)
+    store = KVStore(specs, layouts, device, {path.kind: path}, no_growth, 2, tokens, 0)
     store.place(placements)
     for tensor in store.tensors.values():
         tensor.tokens = tokens

@@ -19,11 +19,10 @@ from dualblade.units import format_size
 def plan(as_json: bool, context: int, **options: Any) -> None:
     """Show which KV tensor goes where, and why. Touches nothing."""
     settings = settings_from(options)
-    from dualblade.cli.run import _quiet_libraries
-
-    _quiet_libraries()
+    from dualblade.models import quiet_libraries
     from dualblade.session import RunOptions, Session
 
+    quiet_libraries()
     session = Session(
         RunOptions(
             model=options["model"], settings=settings, prompt_len=context - 1, max_new_tokens=1,

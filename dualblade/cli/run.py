@@ -57,10 +57,11 @@ def _one_prompt(options: dict[str, Any]) -> None:
 
 def _run_options(options: dict[str, Any]) -> Any:
     settings = settings_from(options)
-    _quiet_libraries()
+    from dualblade.models import quiet_libraries
     from dualblade.runner import Sampling
     from dualblade.session import RunOptions
 
+    quiet_libraries()
     return RunOptions(
         model=options["model"], settings=settings, prompt=options["prompt"], prompt_file=options["prompt_file"],
         prompt_len=options["prompt_len"], max_new_tokens=options["max_new_tokens"],
@@ -68,14 +69,6 @@ def _run_options(options: dict[str, Any]) -> Any:
         chunk=options["prefill_chunk"], verify=options["verify"],
         sampling=Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"]),
     )  # fmt: skip
-
-
-def _quiet_libraries() -> None:
-    """Their progress bars and advice are about their own use, not ours."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _generate(options: Any, show_text: bool) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dualblade.units import KIB
 
 _MEMINFO = "/proc/meminfo"
 _STATUS = "/proc/self/status"
-_MAPS = "/proc/self/maps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,41 +64,11 @@ def process_memory(host: Host) -> ProcessMemory:
     )
 
 
-def mapped_files(host: Host) -> dict[str, int]:
-    """Bytes of each file that this process maps, by its resolved path, resident or not; a part that
-    is mapped twice counts once. Raises ConfigError."""
-    parts: dict[str, set[tuple[int, int]]] = {}
-    for line in _lines(host, _MAPS):
-        fields = line.split(None, 5)
-        if len(fields) == 6 and fields[5].startswith("/"):
-            first, last = (int(address, 16) for address in fields[0].split("-"))
-            offset = int(fields[2], 16)
-            parts.setdefault(fields[5], set()).add((offset, offset + last - first))
-    return {path: _union(ranges) for path, ranges in parts.items()}
-
-
-def mapped_bytes(host: Host, suffix: str) -> int:
-    """Bytes of the mapped files whose resolved names end in `suffix`. Raises ConfigError."""
-    return sum(size for path, size in mapped_files(host).items() if path.endswith(suffix))
-
-
-def _union(ranges: set[tuple[int, int]]) -> int:
-    covered = end = 0
-    for first, last in sorted(ranges):
-        covered += max(0, last - max(first, end))
-        end = max(end, last)
-    return covered
-
-
-def _lines(host: Host, path: str) -> list[str]:
+def _fields(host: Host, path: str, required: tuple[str, ...]) -> dict[str, int]:
     try:
-        return host.read_text(path).splitlines()
+        lines = host.read_text(path).splitlines()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _fields(host: Host, path: str, required: tuple[str, ...]) -> dict[str, int]:
-    lines = _lines(host, path)
     fields = dict(pair for pair in map(_field, lines) if pair)
     missing = [name for name in required if name not in fields]
     if missing:

@@ -44,7 +44,8 @@ struct engine_ops {
     void (*close)(void *self);
     /* Optional. 1 registered, 0 not possible (the commands work all the same). */
     int (*add_memory)(void *self, uint64_t address, uint64_t bytes);
-    void (*remove_memory)(void *self, uint64_t address);
+    /* Bytes that were registered at the address. */
+    uint64_t (*remove_memory)(void *self, uint64_t address);
     /* Optional, from any thread. */
     int (*fault)(void *self, const glue_fault *fault);
 };

@@ -183,9 +183,10 @@ static int add_buffer(struct uring_engine *engine, uint64_t address, uint64_t by
     return 0;
 }
 
-static void uring_remove_memory(void *self, uint64_t address)
+static uint64_t uring_remove_memory(void *self, uint64_t address)
 {
     struct uring_engine *engine = self;
+    uint64_t removed = 0;
     for (unsigned i = 0; i < BUFFER_SLOTS; i++) {
         struct buffer *buffer = &engine->buffers[i];
         if (!buffer->bytes || buffer->address != address)
@@ -193,8 +194,10 @@ static void uring_remove_memory(void *self, uint64_t address)
         struct iovec none = {NULL, 0};
         __u64 tag = 0;
         io_uring_register_buffers_update_tag(&engine->ring, i, &none, &tag, 1);
+        removed += buffer->bytes;
         *buffer = (struct buffer){0};
     }
+    return removed;
 }
 
 static int uring_add_memory(void *self, uint64_t address, uint64_t bytes)

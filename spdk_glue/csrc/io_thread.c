@@ -259,14 +259,16 @@ static void handle_memory(glue_queue *queue, struct transfer *transfer)
     const struct engine_ops *ops = queue->ops;
     const glue_piece *piece = transfer->pieces;
     int registered = 0;
+    uint64_t removed = 0;
     if (transfer->op == GLUE_REGISTER && ops->add_memory)
         registered = ops->add_memory(queue->engine, piece->address, piece->run_bytes);
     if (transfer->op == GLUE_UNREGISTER && ops->remove_memory)
-        ops->remove_memory(queue->engine, piece->address);
+        removed = ops->remove_memory(queue->engine, piece->address);
     transfer->done.result = registered;
     pthread_mutex_lock(&queue->lock);
     if (registered)
         queue->stats.registered += (uint32_t)(piece->run_bytes >> 20);
+    queue->stats.registered -= (uint32_t)(removed >> 20);
     pthread_mutex_unlock(&queue->lock);
     finish_transfer(queue, transfer);
 }

@@ -75,9 +75,11 @@ static int stat_facts(int fd, glue_file_facts *out)
     if (out->is_block_device && ioctl(fd, BLKGETSIZE64, &out->size))
         return -errno;
     struct statfs filesystem;
-    if (out->is_regular && fstatfs(fd, &filesystem))
+    if (out->is_block_device)
+        return 0;
+    if (fstatfs(fd, &filesystem))
         return -errno;
-    out->fs_magic = out->is_regular ? (uint64_t)(uint32_t)filesystem.f_type : 0;
+    out->fs_magic = (uint32_t)filesystem.f_type;
     return 0;
 }
 
@@ -119,7 +121,8 @@ static int64_t cached_by_mincore(int fd)
         return -errno;
     if (!status.st_size)
         return 0;
-    uint64_t pages = round_up((uint64_t)status.st_size, 4096) / 4096;
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t pages = round_up((uint64_t)status.st_size, page) / page;
     void *map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, fd, 0);
     if (map == MAP_FAILED)
         return -errno;
@@ -129,7 +132,7 @@ static int64_t cached_by_mincore(int fd)
         count += present[i] & 1;
     free(present);
     munmap(map, (size_t)status.st_size);
-    return count < 0 ? count : count * 4096;
+    return count < 0 ? count : count * (int64_t)page;
 }
 
 int64_t glue_cached_bytes(int fd)
@@ -138,6 +141,6 @@ int64_t glue_cached_bytes(int fd)
     uint64_t whole_file[2] = {0, 0};
     uint64_t counts[5] = {0}; /* cached, dirty, writeback, evicted, recently evicted */
     if (!syscall(cachestat, fd, whole_file, counts, 0))
-        return (int64_t)counts[0] * 4096;
+        return (int64_t)counts[0] * sysconf(_SC_PAGESIZE);
     return errno == ENOSYS || errno == EOPNOTSUPP || errno == EPERM ? cached_by_mincore(fd) : -errno;
 }

@@ -169,6 +169,14 @@ static struct transfer *transfer_new(int op, uint64_t tag, const glue_piece *pie
     return transfer;
 }
 
+/* The piece ends at or before the largest file offset there is, so no later sum can wrap. */
+static int piece_fits(const glue_piece *piece)
+{
+    uint64_t bytes, end;
+    return !__builtin_mul_overflow(piece->run_bytes, (uint64_t)piece->heads * piece->blocks, &bytes) &&
+           !__builtin_add_overflow(piece->offset, bytes, &end) && end <= INT64_MAX;
+}
+
 static int pieces_check(const glue_queue *queue, int op, const glue_piece *pieces, uint32_t count)
 {
     if (op < GLUE_READ || op > GLUE_UNREGISTER || !count)
@@ -177,7 +185,7 @@ static int pieces_check(const glue_queue *queue, int op, const glue_piece *piece
         const glue_piece *piece = &pieces[i];
         if (piece->file >= queue->options.num_files && piece->file)
             return -EINVAL;
-        if (op <= GLUE_WRITE && (!piece->run_bytes || !piece->heads || !piece->blocks))
+        if (op <= GLUE_WRITE && (!piece->run_bytes || !piece->heads || !piece->blocks || !piece_fits(piece)))
             return -EINVAL;
     }
     return 0;

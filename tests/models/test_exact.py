@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from dualblade import DualBladeCache
 from dualblade.models import kv_specs
-from tests.models.families import CONFIGS, model_of
+from families import CONFIGS, model_of
 
 PROMPT, NEW = 230, 24
 WAYS = list(product(CONFIGS, (torch.float32, torch.bfloat16), (1, 4), (False, True), (None, 50)))

@@ -9,7 +9,7 @@ import pytest
 
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import CgroupLevel, memory_cgroups, tightest
-from dualblade.host.meminfo import machine_memory, mapped_bytes, mapped_files, process_memory
+from dualblade.host.meminfo import machine_memory, process_memory
 from dualblade.host.sysfs import Host
 from dualblade.units import GIB, KIB, MIB
 
@@ -290,21 +290,6 @@ def test_process_status(tree: Tree) -> None:
     memory = process_memory(tree.host)
     assert (memory.anon, memory.file, memory.shmem) == (4 * KIB, 8 * KIB, 12 * KIB)
     assert (memory.swap, memory.hugetlb) == (16 * KIB, 2 * MIB)
-
-
-def test_mapped_files_count_each_part_once(tree: Tree) -> None:
-    file = "/models/my model.safetensors"
-    maps = (
-        f"7f0000000000-7f0000004000 r--p 00000000 fe:00 12 {file}",
-        f"7f1000000000-7f1000004000 r--p 00002000 fe:00 12 {file}",
-        f"7f1000100000-7f1000101000 r--s 0000a000 fe:00 12 {file}",
-        "7f2000000000-7f2000008000 r-xp 00000000 fe:00 13 /lib/libc.so.6",
-        "7f3000000000-7f3000001000 rw-p 00000000 00:00 0",
-        "7ffd00000000-7ffd00001000 rw-p 00000000 00:00 0 [stack]",
-    )
-    tree.write("/proc/self/maps", "\n".join(maps))
-    assert mapped_files(tree.host) == {file: 0x7000, "/lib/libc.so.6": 0x8000}
-    assert mapped_bytes(tree.host, ".safetensors") == 0x7000
 
 
 def test_host_reads_and_lists(tree: Tree) -> None:

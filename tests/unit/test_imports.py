@@ -54,7 +54,8 @@ def reads_environment(source: str) -> bool:
         if isinstance(node, ast.Attribute) and node.attr in names and _name(node.value) in ("os", "path"):
             return True
         if isinstance(node, ast.ImportFrom) and node.module in ("os", "os.path"):
-            if names & {alias.name for alias in node.names}:
+            found = {alias.name for alias in node.names}
+            if found & names:
                 return True
     return False
 

@@ -27,9 +27,8 @@ SLACK = 8 * MIB  # the interpreter's own ups and downs, and the kernel's per-thr
 @pytest.fixture
 def disk_dir(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk: pages of a tmpfs cannot be dropped."""
-    fd = os.open(tmp_path, os.O_RDONLY)
-    in_memory = file_facts(fd).in_memory
-    os.close(fd)
+    with tempfile.TemporaryFile(dir=tmp_path) as probe:
+        in_memory = file_facts(probe.fileno()).in_memory
     if not in_memory:
         yield tmp_path
         return

@@ -31,8 +31,9 @@ def test_sizes(text: str, nbytes: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "6", "6GB", "6B", "6 G", "6Gi", "-1G", "+1G", "0G", "0.0001K", "1e3", "1e3G", "1_000K", "1,5G",
-        ".5G", "5.G", "G", "0x10G", "infG", "nanG", "6G6G", "6P", "٦G", "６G", "²G", "6Ｇ", "6K\x00",
+        "", " ", "6", "6GB", "6B", "6 G", "6Gi", "-1G", "+1G", "0G", "0.0001K", "1e3", "1e3G", "1_000K",
+        "1,5G", ".5G", "5.G", "G", "0x10G", "infG", "nanG", "6G6G", "6P", "٦G", "６G", "²G", "6Ｇ",
+        "6\u212a", "6K\x00",
     ],
 )  # fmt: skip
 def test_what_is_not_a_size(text: str) -> None:

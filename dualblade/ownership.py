@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose a target is: which drive it is, and what speaks against taking it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualblade.errors import TargetError
+from dualblade.superblock import has_magic
+from dualblade.units import format_size
+
+if TYPE_CHECKING:
+    from dualblade.targets import OpenTarget
+
+_TOOLS_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
+_SCAN_SECONDS = 60
+# What an exit status means: has it found something? wipefs tells by its output alone.
+_SCANS = (
+    ("blkid", ("-p",), {2: False, 0: True, 8: True}),
+    ("wipefs", ("--no-act", "--parsable", "--noheadings"), {0: False}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a user knows the target by. size: bytes. serial: for a file, its name."""
+
+    model: str
+    serial: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, serial {self.serial}, {format_size(self.size)}"
+
+
+def identify(path: Path, filesystem: str, size: int, sys: Path = Path("/sys")) -> Identity:
+    """Raises OSError where the path is gone."""
+    status = path.stat()
+    if not stat.S_ISBLK(status.st_mode):
+        return Identity(f"file on {filesystem}", path.name, size)
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    model, serial = drive_names(sys / "dev" / "block" / number)
+    return Identity(model, serial, size)
+
+
+def drive_names(node: Path) -> tuple[str, str]:
+    """(model, serial) of a block device in sysfs; of a partition, those of its drive. The kernel's
+    own name stands in for what the drive does not tell."""
+    node = node.resolve()
+    drive = node.parent if (node / "partition").exists() else node
+    model = _read(drive / "device" / "model") or "block device"
+    return model, _read(drive / "device" / "serial") or _read(drive / "serial") or node.name
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").replace("\0", "").strip()
+    except OSError:
+        return ""
+
+
+def check_free_to_take(target: OpenTarget, identity: Identity, serial: str | None) -> bool:
+    """True where the user has named the serial, so that what is there may be erased.
+
+    Raises TargetError unless the target is provably empty, or that serial is this target's.
+    """
+    if serial is not None:
+        if serial != identity.serial:
+            raise TargetError(
+                f"{target.name} has the serial {identity.serial}, not {serial}; nothing was written"
+            )
+        return True
+    against = found_on(target)
+    if against:
+        raise TargetError(
+            f"{target.name} ({identity}) is not empty: {'; '.join(against)}",
+            f"if nothing on it is needed: dualblade-spdk volume create {shlex.quote(target.name)} "
+            f"--i-know-this-erases {shlex.quote(identity.serial)}",
+        )
+    return False
+
+
+def found_on(target: OpenTarget) -> list[str]:
+    """What speaks against taking the target, one line each. Raises TargetError."""
+    found = []
+    if target.path is not None and target.filesystem == "block device":
+        found += scan_signatures(target.path)
+    edges = target.edges()
+    if has_magic(edges):
+        found.append("it holds a volume of ours")
+    elif any(edges):
+        found.append("its first and last MiB are not all zero")
+    return found
+
+
+def scan_signatures(path: Path, tools_path: str = _TOOLS_PATH) -> list[str]:
+    """Signatures of filesystems, partitions and the like. Raises TargetError where none can be
+    looked for."""
+    scans = [(shutil.which(tool, path=tools_path), arguments, codes) for tool, arguments, codes in _SCANS]
+    if not any(program for program, _, _ in scans):
+        raise TargetError(
+            f"neither blkid nor wipefs is here to look for data on {path}", "apt-get install util-linux"
+        )
+    found = []
+    for program, arguments, codes in scans:
+        if program:
+            found += _scan([program, *arguments, str(path.absolute())], codes)
+    return found
+
+
+def _scan(command: list[str], codes: dict[int, bool]) -> list[str]:
+    name = Path(command[0]).name
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_SCAN_SECONDS,
+            env={"LC_ALL": "C", "PATH": _TOOLS_PATH}, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise TargetError(f"{name} could not look for data: {error}") from error
+    if done.returncode not in codes:
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise TargetError(f"{name} could not look for data: {said}")
+    if codes[done.returncode] or done.stdout.strip():
+        return [f"{name} found {' '.join(done.stdout.split()) or 'a signature'}"]
+    return []

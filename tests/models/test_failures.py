@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What generation does when the medium fails: an error that names the place, and never a token more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import model_of
+
+from dualblade import DualBladeCache
+from dualblade.errors import ConfigError, DualBladeError, ModelError, StorageError
+from dualblade.settings import CacheSettings
+from dualblade.tensors import PathKind
+from spdk_glue import READ, WRITE
+
+TOKENS = 300
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[DualBladeCache]:
+    """All KV on a mem medium, whose faults can be scripted."""
+    with DualBladeCache(
+        model_of("llama", torch.float32).config, nvme="mem:64M", mem_budget="8G", kv_path="direct",
+        max_tokens=TOKENS, batch_size=1, dtype=torch.float32, cache_dir=tmp_path,
+    ) as cache:  # fmt: skip
+        yield cache
+
+
+def generate(cache: DualBladeCache, new: int = 40, chunk: int | None = None):
+    ids = torch.arange(200)[None] % 190 + 2
+    return model_of("llama", torch.float32).generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new,
+        do_sample=False, prefill_chunk_size=chunk,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["error", "torn"])
+@pytest.mark.parametrize("op", [READ, WRITE])
+def test_an_error_names_tensor_lba_and_status(cache: DualBladeCache, kind: str, op: int) -> None:
+    queue = cache.storage.paths[PathKind.DIRECT].queue
+    queue.fault(kind, op, skip=2, sct=2, sc=0x81)
+    with pytest.raises(StorageError) as caught:
+        generate(cache, chunk=50)
+    error = caught.value
+    assert (error.sct, error.sc) == (2, 0x81)
+    assert error.tensor in str(error)
+    assert f"LBA {error.lba}" in str(error)
+    assert isinstance(error, OSError)
+    with pytest.raises(StorageError):  # and nothing is served any more
+        generate(cache, new=1)
+
+
+def test_a_failed_write_is_never_read_back(cache: DualBladeCache) -> None:
+    """The medium loses one write of prefill and then reads without complaint."""
+    queue = cache.storage.paths[PathKind.DIRECT].queue
+    queue.fault("error", WRITE, skip=1, sct=0, sc=0x6)
+    with pytest.raises(StorageError, match="writing"):
+        generate(cache)
+
+
+def test_a_hung_medium_is_an_error_in_time(tmp_path: Path) -> None:
+    settings = CacheSettings.checked(mem_budget="8G", nvme="mem:64M", kv_path="direct", cache_dir=tmp_path)
+    with DualBladeCache(
+        model_of("llama", torch.float32).config, max_tokens=TOKENS, batch_size=1, dtype=torch.float32,
+        settings=replace(settings, timeout_s=0.5),
+    ) as cache:  # fmt: skip
+        cache.storage.paths[PathKind.DIRECT].queue.fault("hang", READ, skip=3)
+        with pytest.raises(StorageError, match="no answer"):
+            generate(cache)
+
+
+def test_closing_leaves_no_file_and_no_thread(direct_dir: Path) -> None:
+    files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    with DualBladeCache(
+        model_of("llama", torch.float32).config, mem_budget="8G", page_cache_budget="100K", max_tokens=TOKENS,
+        batch_size=1, dtype=torch.float32, cache_dir=direct_dir,
+    ) as cache:  # fmt: skip
+        generate(cache)
+        assert len(os.listdir("/proc/self/fd")) > files
+        assert list(direct_dir.iterdir()) == []  # all of it is unlinked from the start
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/task")) <= threads
+
+
+def test_rows_stay_valid_after_close(direct_dir: Path) -> None:
+    """A tensor that the caller kept is not unmapped below it."""
+    with DualBladeCache(
+        model_of("llama", torch.float32).config, mem_budget="8G", cache_dir=direct_dir, capacity="16M"
+    ) as cache:
+        rows = torch.ones(1, 2, 40, 16)
+        keys, _ = cache.update(rows, rows, 0)
+    assert float(keys.sum()) == rows.numel()
+
+
+def test_reset_serves_another_prompt(cache: DualBladeCache) -> None:
+    first = generate(cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(generate(cache), first)
+
+
+def test_rows_of_another_shape_are_refused(cache: DualBladeCache) -> None:
+    rows = torch.ones(2, 2, 4, 16)
+    with pytest.raises(ModelError, match="were expected"):
+        cache.update(rows, rows, 0)
+
+
+def test_training_is_refused(tmp_path: Path) -> None:
+    rows = torch.ones(1, 2, 4, 16, requires_grad=True)
+    with (
+        DualBladeCache(model_of("llama", torch.float32).config, nvme="mem:64M", mem_budget="8G", cache_dir=tmp_path) as cache,
+        pytest.raises(ConfigError, match="inference"),
+    ):  # fmt: skip
+        cache.update(rows, rows, 0)
+
+
+def test_beams_are_refused_in_one_line(tmp_path: Path) -> None:
+    model = model_of("llama", torch.float32)
+    with (
+        DualBladeCache(model.config, nvme="mem:64M", mem_budget="8G", cache_dir=tmp_path) as cache,
+        pytest.raises(DualBladeError, match="beam search"),
+    ):
+        ids = torch.ones(1, 8, dtype=torch.long)
+        model.generate(input_ids=ids, past_key_values=cache, num_beams=2, max_new_tokens=4)
+
+
+def test_sliding_window_layers_are_refused() -> None:
+    from transformers import MistralConfig
+
+    config = MistralConfig(num_hidden_layers=2, sliding_window=64)
+    with pytest.raises(ModelError, match="sliding_attention"):
+        DualBladeCache(config, mem_budget="8G")

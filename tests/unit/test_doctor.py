@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualblade.cli import doctor
+from dualblade.cli.main import main
+from dualblade.host import checks
+from dualblade.host.checks import FAIL, OK, WARN, Check
+from dualblade.host.sysfs import Host
+from dualblade.units import GIB, KIB, MIB
+
+NAMES = [
+    "python", "engine", "io_uring", "memlock", "cache folder", "filesystem", "O_DIRECT", "free space",
+    "memory cgroup", "hugepages", "swap", "torch", "spdk",
+]  # fmt: skip
+
+
+def machine(root: Path, **files: str) -> Host:
+    """A machine whose files are `files`; "__" in a name stands for "/"."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Host(root)
+
+
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which every check passes, and no second spent on importing torch."""
+    monkeypatch.setattr(doctor, "built_engines", lambda: (["uring", "mem", "null"], None))
+    monkeypatch.setattr(doctor, "try_ring", lambda: None)
+    for name in ("filesystem", "direct_io", "free_space"):
+        monkeypatch.setattr(checks, name, lambda _, name=name: Check(name.replace("_", " "), OK, "good"))
+    for name in ("memlock", "memory_cgroup", "hugepages", "swap", "torch", "spdk"):
+        monkeypatch.setattr(checks, name, lambda name=name: Check(name.replace("_", " "), OK, "good"))
+
+
+def test_all_well(healthy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == len(NAMES)
+    assert all(line.startswith("ok    ") for line in shown)
+
+
+def test_json_is_one_record(healthy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--cache-dir", str(tmp_path)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["ok"] is True
+    assert all(set(check) == {"name", "state", "detail", "fix"} for check in record["checks"])
+
+
+@pytest.mark.parametrize(("state", "code"), [(FAIL, 1), (WARN, 0)])
+def test_a_failure_shows_its_fix(
+    healthy: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, state: str, code: int
+) -> None:
+    monkeypatch.setattr(checks, "swap", lambda: Check("swap", state, "on", "swapoff -a"))
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == code
+    assert f"{state:<5} swap: on\n      fix: swapoff -a\n" in capsys.readouterr().out
+
+
+def test_an_engine_without_uring_skips_the_ring(
+    healthy: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "built_engines", lambda: (["mem", "null"], None))
+    monkeypatch.setattr(doctor, "try_ring", lambda: pytest.fail("a ring was opened"))
+    names = [check.name for check in doctor.examine(tmp_path)]
+    assert "io_uring" not in names
+
+
+def test_this_machine_changes_nothing_and_names_every_check(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "yet"
+    engines, _ = doctor.built_engines()
+    assert [check.name for check in doctor.examine(folder)] == [
+        n for n in NAMES if n != "io_uring" or "uring" in engines
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+# each check --------------------------------------------------------------------------------------
+
+
+def test_python() -> None:
+    assert checks.python_version((3, 11, 0)).state == OK
+    old = checks.python_version((3, 10, 9))
+    assert (old.state, old.detail) == (FAIL, "3.10.9 is too old")
+
+
+def test_engine() -> None:
+    assert checks.c_engine(["uring", "mem", "null"], None).state == OK
+    without = checks.c_engine(["mem", "null"], None)
+    assert without.state == FAIL
+    assert "apt-get install liburing-dev" in str(without.fix)
+    assert "pip install" in str(without.fix)
+    assert checks.c_engine([], "the C engine is not built").detail == "the C engine is not built"
+
+
+def test_io_uring(tmp_path: Path) -> None:
+    host = machine(tmp_path, proc__sys__kernel__io_uring_disabled="2\n")
+    off = checks.io_uring("Operation not permitted", host)
+    assert (off.state, off.fix) == (FAIL, "sysctl -w kernel.io_uring_disabled=0")
+    assert checks.io_uring(None, host).state == OK
+    filtered = checks.io_uring("Operation not permitted", Host(tmp_path / "older"))
+    assert filtered.state == FAIL
+    assert "seccomp" in str(filtered.fix)
+
+
+@pytest.mark.parametrize(
+    ("limit", "privileged", "state"),
+    [
+        (8 * MIB, False, WARN),
+        (64 * KIB, True, OK),
+        (2 * GIB, False, OK),
+        (resource.RLIM_INFINITY, False, OK),
+    ],
+)
+def test_memlock(limit: int, privileged: bool, state: str) -> None:
+    check = checks.memlock(limit, privileged)
+    assert check.state == state
+    assert (check.fix is not None and "limits.d" in check.fix) == (state == WARN)
+
+
+def test_cache_folder(tmp_path: Path) -> None:
+    assert checks.cache_folder(tmp_path).state == OK
+    later = checks.cache_folder(tmp_path / "a" / "b")
+    assert later.state == OK
+    assert "made on first use" in later.detail
+    (tmp_path / "file").touch()
+    assert checks.cache_folder(tmp_path / "file" / "b").state == FAIL
+
+
+def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    check = checks.cache_folder(tmp_path)
+    assert check.state == FAIL
+    assert "--cache-dir" in str(check.fix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        ("ext4", OK),
+        ("xfs", OK),
+        ("tmpfs", FAIL),
+        ("ramfs", FAIL),
+        ("overlay", WARN),
+        ("btrfs", WARN),
+        ("zfs", WARN),
+        ("nfs4", WARN),
+    ],
+)
+def test_filesystem(tmp_path: Path, kind: str, state: str) -> None:
+    host = machine(tmp_path / "host", proc__self__mountinfo=f"1 0 0:1 / / rw - {kind} none rw\n")
+    check = checks.filesystem(tmp_path, host)
+    assert check.state == state
+    assert check.detail.startswith(kind)
+
+
+def test_filesystem_takes_the_innermost_and_latest_mount(tmp_path: Path) -> None:
+    inner = tmp_path / "my disk"
+    (inner / "kv").mkdir(parents=True)
+    rows = [
+        "1 0 0:1 / / rw - ext4 none rw",
+        f"2 1 0:2 / {str(inner).replace(' ', chr(92) + '040')} rw shared:1 - tmpfs none rw",
+        f"3 1 0:2 / {str(inner).replace(' ', chr(92) + '040')} rw - xfs none rw",
+        f"4 1 0:2 / {inner}2 rw - btrfs none rw",
+    ]
+    host = machine(tmp_path / "host", proc__self__mountinfo="\n".join(rows))
+    assert checks.filesystem_type(inner / "kv", host) == "xfs"
+    assert checks.filesystem_type(tmp_path, host) == "ext4"
+    assert checks.filesystem(tmp_path, Host(tmp_path / "nothing")).state == WARN
+
+
+def test_direct_io_works_and_leaves_nothing(direct_dir: Path) -> None:
+    assert checks.direct_io(direct_dir) == Check("O_DIRECT", OK, "written and read back")
+    assert list(direct_dir.iterdir()) == []
+
+
+def test_direct_io_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    check = checks.direct_io(tmp_path)
+    assert check.state == FAIL
+    assert "the filesystem refuses it" in check.detail
+
+
+def test_free_space(tmp_path: Path) -> None:
+    assert checks.judge_space(10 * GIB, 5 * GIB).detail == "5 GiB, with 5 GiB left alone"
+    assert checks.judge_space(5 * GIB, 5 * GIB).state == FAIL
+    assert checks.free_space(tmp_path / "later").name == "free space"
+
+
+def test_memory_cgroup(tmp_path: Path) -> None:
+    unreadable = machine(tmp_path, proc__self__cgroup="0::/x\n", proc__self__mountinfo="")
+    check = checks.memory_cgroup(unreadable)
+    assert check.state == FAIL
+    assert check.fix
+    assert checks.memory_cgroup(Host(tmp_path / "none")).state == OK
+
+
+def test_hugepages(tmp_path: Path) -> None:
+    basis = "MemTotal: 100 kB\nMemAvailable: 50 kB\n"
+    assert "none reserved" in checks.hugepages(machine(tmp_path, proc__meminfo=basis)).detail
+    some = basis + "HugePages_Total: 512\nHugePages_Free: 256\nHugepagesize: 2048 kB\n"
+    assert checks.hugepages(machine(tmp_path, proc__meminfo=some)).detail == "1 GiB reserved, 512 MiB free"
+
+
+def test_swap(tmp_path: Path) -> None:
+    header = "Filename\tType\tSize\tUsed\tPriority\n"
+    assert checks.swap(machine(tmp_path, proc__swaps=header)).state == OK
+    on = checks.swap(machine(tmp_path, proc__swaps=header + "/dev/sda2 partition 1 0 -2\n"))
+    assert (on.state, on.fix) == (WARN, "swapoff -a")
+    assert "/dev/sda2" in on.detail
+
+
+def fake_python(folder: Path, script: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "text"),
+    [
+        ("echo 2.13.0 0", OK, "2.13.0, no CUDA device"),
+        ("echo 2.13.0 2", OK, "2.13.0, 2 CUDA device(s)"),
+        ("echo 'ModuleNotFoundError: No module named torch' >&2; exit 1", FAIL, "No module named torch"),
+        ("exit 1", FAIL, "no answer"),
+    ],
+)
+def test_torch(tmp_path: Path, script: str, state: str, text: str) -> None:
+    check = checks.torch(fake_python(tmp_path, script))
+    assert check.state == state
+    assert text in check.detail
+    assert check.fix == ("pip install torch" if state == FAIL else None)
+
+
+def test_torch_without_a_python(tmp_path: Path) -> None:
+    assert checks.torch(str(tmp_path / "nobody")).state == FAIL
+
+
+@pytest.mark.parametrize(("code", "text"), [(0, "finds spdk_nvme"), (1, "finds no spdk_nvme")])
+def test_spdk_is_said_to_be_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, text: str
+) -> None:
+    (tmp_path / "pkg-config").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "pkg-config").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    detail = checks.spdk().detail
+    assert "this version has no SPDK engine" in detail
+    assert text in detail
+
+
+def test_doctor_itself_never_imports_torch() -> None:
+    code = "import sys, dualblade.cli.doctor as d; d.examine(d.default_cache_dir()); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
