@@ -33,8 +33,8 @@ class Footprint:
     """What of the budget is taken before any KV is cached, in bytes.
 
     weights_bytes: weights on the host by size, anonymous or mapped; never given up. runtime_bytes:
-    interpreter, libraries, activations. staging_bytes: pinned slots. tails_bytes: the unfinished
-    block of every tensor. reserve_bytes: kept free.
+    interpreter and libraries. staging_bytes: pinned slots. tails_bytes: the unfinished
+    block of every tensor. reserve_bytes: kept free for what a forward pass holds.
     """
 
     weights_bytes: int = 0
@@ -58,7 +58,7 @@ class Footprint:
             "runtime": self.runtime_bytes,
             "staging": self.staging_bytes,
             "tails": self.tails_bytes,
-            "reserve": self.reserve_bytes,
+            "activations": self.reserve_bytes,
         }
 
 

@@ -78,8 +78,6 @@ def load_tokenizer(ref: ModelRef) -> Any:
 
 def load_model(ref: ModelRef, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Raises ModelError naming the file that is damaged or what is missing."""
-    if ref.folder:
-        check_weights(ref.folder)
     model = _load(
         ref,
         lambda: AutoModelForCausalLM.from_pretrained(ref.source, dtype=dtype, attn_implementation=attention),

@@ -31,9 +31,8 @@ class Offload:
     def __init__(self, specs: Sequence[TensorSpec], settings: CacheSettings, device: Device, grows: bool):
         host = Host()
         self.settings = settings
-        self.mapped_weights = mapped_weights(host)
         snapshot = take_snapshot(host)
-        request = make_request(settings, snapshot, self.mapped_weights)
+        request = make_request(settings, snapshot, mapped_weights(host))
         self.plan = make_plan(specs, request, snapshot, grows)
         self.paths: dict[PathKind, StoragePath] = {}
         self.note: str | None = None
@@ -45,7 +44,7 @@ class Offload:
             self.meter.start()
         except BaseException:
             for path in self.paths.values():
-                path.close()
+                path.discard()
             raise
 
     def _open_paths(self, grows: bool) -> None:
@@ -92,7 +91,7 @@ class Offload:
         return {
             "memory": {
                 "budget_bytes": self.settings.budget,
-                "peak_bytes": self.meter.peak_bytes + self.mapped_weights,
+                "peak_bytes": self.meter.peak_bytes + mapped_weights(Host()),
                 "kv_bytes": store.kv_bytes,
                 "staging_bytes": store.staging_bytes,
                 "tail_bytes": store.tail_bytes,
@@ -147,11 +146,11 @@ class Offload:
             self.store.close()
 
 
-def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int, loaded: bool = True) -> BudgetRequest:
+def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int) -> BudgetRequest:
     """What of the budget is taken, read off this process. Weights count by their size, whether
-    they are anonymous or mapped; what else is anonymous now stays. loaded: the weights are there."""
+    they are anonymous or mapped; what else is anonymous now stays."""
     weights = max(settings.weights, mapped)
-    anonymous_weights = max(0, weights - mapped) if loaded and settings.weights else 0
+    anonymous_weights = max(0, settings.weights - mapped) if settings.loaded else 0
     activations = settings.activations
     return BudgetRequest(
         budget=settings.budget,

@@ -80,24 +80,26 @@ class Session:
             self.config, self.options.batch_size, chunk, self.context, self.dtype.itemsize
         )
         weights = models.weight_bytes(self.config, self.dtype)
-        return replace(self.options.settings, weights=weights, activations=activations)
+        return replace(self.options.settings, weights=weights, activations=activations, loaded=False)
 
     def plan(self) -> RunPlan:
         """What run() will do, by arithmetic alone. Raises BudgetError."""
         snapshot = take_snapshot(Host())
-        request = make_request(self.settings, snapshot, mapped=0, loaded=False)
+        request = make_request(self.settings, snapshot, mapped=0)
         specs = models.kv_specs(self.config, self.options.batch_size, self.context, self.dtype.itemsize)
         return make_plan(specs, request, snapshot)
 
     def run(self) -> dict[str, Any]:
-        """The record of `run --json`."""
-        self.plan()
-        self.watcher.stage("loading the weights")
-        model = models.load_model(self.ref, self.dtype, self.options.attention)
+        """The record of `run --json`. Everything is reserved before the weights are loaded, so what
+        cannot work is refused at once."""
+        if self.ref.folder:
+            models.check_weights(self.ref.folder)
         with DualBladeCache(
             self.config, mem_budget=self.settings.budget, max_tokens=self.context,
             batch_size=self.options.batch_size, dtype=self.dtype, settings=self.settings,
         ) as cache:  # fmt: skip
+            self.watcher.stage("loading the weights")
+            model = models.load_model(self.ref, self.dtype, self.options.attention)
             result, text = self._generate(model, cache)
             record = self._record(result, text) | cache.report()
         if self.options.verify:

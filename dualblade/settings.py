@@ -26,7 +26,8 @@ def _size(value: str | int | None, name: str) -> int | None:
 class CacheSettings:
     """Sizes in bytes. forced: the path of every tensor, or None for the governor's choice.
     capacity: size of a target that is made by this run. weights, activations: what the model's
-    weights and one forward pass take of host memory; activations None: a share of the budget."""
+    weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
+    weights are in memory already."""
 
     nvme: str | None
     budget: int
@@ -38,6 +39,7 @@ class CacheSettings:
     weights: int
     activations: int | None
     prefetch_depth: int | None
+    loaded: bool = True
     timeout_s: float = 60.0
 
     @classmethod

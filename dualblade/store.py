@@ -323,7 +323,19 @@ class KVStore:
             tensor.writes = []
 
     def close(self) -> None:
-        """Close both paths. Memory that a transfer may still write to is kept for ever."""
-        given_up = sum(path.close() for path in self.paths.values())
+        """Close both paths. Memory that a transfer may still write to is kept for ever.
+
+        Raises StorageError where tidying up failed and nothing had failed before.
+        """
+        given_up, trouble = 0, self.failure
+        for path in self.paths.values():
+            try:
+                given_up += path.close()
+            except DualBladeError as error:
+                given_up += 1
+                self.failure = self.failure or error
         for region in (self.pool.region, self._tails):
             region.abandon() if given_up else region.close()
+        if self.failure is not trouble:
+            assert self.failure is not None
+            raise self.failure

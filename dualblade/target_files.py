@@ -155,7 +155,10 @@ def _open_error(path: Path, error: OSError) -> TargetError:
     if error.errno == errno.EINVAL:
         return TargetError(f"{name}: the filesystem refuses O_DIRECT", _DISK_HINT)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return TargetError(f"{name} cannot be written: {error.strerror}", "name a target you may write to")
+        return TargetError(
+            f"{name} cannot be written: {error.strerror}",
+            "name a target you may write to; a mounted disk is never taken",
+        )
     if error.errno in (errno.EBUSY, errno.ETXTBSY):
         return TargetError(f"{name} is mounted or in use", "unmount it, or name another target")
     if error.errno == errno.ENOENT:
@@ -190,7 +193,7 @@ def _check_direct(fd: int, name: str) -> None:
         raise TargetError(f"{name} is on {facts.filesystem}, which is memory and no disk", _DISK_HINT)
     if facts.direct_alignment > LBA:
         raise TargetError(f"{name} wants transfers aligned to {facts.direct_alignment} bytes; {LBA} are used")
-    if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+    if facts.direct_refused or not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
         raise TargetError(f"{name}: the filesystem refuses O_DIRECT", _DISK_HINT)
     if facts.is_block_device:
         _check_writable(fd, name)

@@ -31,7 +31,7 @@ done
 
 mkdir -p "$out"
 for program in tests/c/*.c; do
-    command=("${CC:-cc}" -std=gnu11 -g -Wall -Wextra -Werror "${flags[@]}" -I"$csrc" "$program" "${sources[@]}"
+    command=("${CC:-cc}" -std=gnu11 -g -Wall -Wextra "${flags[@]}" -I"$csrc" "$program" "${sources[@]}"
         "${libraries[@]}" -pthread -o "$out/$(basename "$program" .c)")
     [ "${V:-0}" = 1 ] && echo "${command[*]}"
     "${command[@]}"

@@ -27,13 +27,14 @@ _NOTES = {
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """size: bytes. direct_alignment, memory_alignment: what O_DIRECT wants, in bytes; 0 unknown."""
+    """size: bytes. direct_refused: O_DIRECT would be buffered here all the same. direct_alignment, memory_alignment: what O_DIRECT wants, in bytes; 0 unknown."""
 
     size: int
     filesystem: str
     is_block_device: bool
     is_regular: bool
     encrypted: bool
+    direct_refused: bool
     direct_alignment: int
     memory_alignment: int
 
@@ -61,6 +62,7 @@ def file_facts(fd: int) -> FileFacts:
         is_block_device=bool(facts.is_block_device),
         is_regular=bool(facts.is_regular),
         encrypted=bool(facts.encrypted),
+        direct_refused=bool(facts.direct_refused),
         direct_alignment=int(facts.direct_alignment),
         memory_alignment=int(facts.memory_alignment),
     )

@@ -34,7 +34,7 @@ def doctor(ctx: click.Context, cache_dir: Path | None, as_json: bool) -> None:
 
 def examine(cache_dir: Path) -> list[checks.Check]:
     engines, problem = built_engines()
-    found = [checks.python_version(), checks.c_engine(engines, problem)]
+    found = [checks.python_version(), checks.c_engine(engines, problem, rebuild_command())]
     if "uring" in engines:
         found.append(checks.io_uring(try_ring()))
     found += [checks.memlock(), checks.cache_folder(cache_dir)]
@@ -50,6 +50,11 @@ def built_engines() -> tuple[list[str], str | None]:
     except ImportError as error:
         return [], str(error)
     return spdk_glue.engines(), None
+
+
+def rebuild_command() -> str:
+    checkout = (Path(checks.__file__).parents[2] / "Makefile").exists()
+    return "make setup" if checkout else "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 def try_ring() -> str | None:

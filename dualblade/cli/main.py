@@ -92,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> int:
         _complain(error.message, error.hint)
         return error.exit_code
     except click.ClickException as error:
-        return _usage(error)
+        return _usage(error, words)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return 130
@@ -127,12 +127,13 @@ def _complain(message: str, hint: str | None = None) -> None:
         click.echo(f"hint: {hint}", err=True)
 
 
-def _usage(error: click.ClickException) -> int:
+def _usage(error: click.ClickException, words: list[str]) -> int:
     ctx: click.Context | None = getattr(error, "ctx", None)
     if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
         click.echo(error.format_message(), err=True)
     else:
-        path = ctx.command_path if ctx else PROGRAM
+        typed = next((word for word in words if word in COMMANDS), "")
+        path = ctx.command_path if ctx else f"{PROGRAM} {typed}".rstrip()
         _complain(" ".join(error.format_message().split()), f"{path} --help shows the options")
     return error.exit_code
 

@@ -109,29 +109,30 @@ def show_summary(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{record['model']}: {record['prompt_tokens']} + {record['new_tokens']} tokens")
-    for column in ("path", "tensors", "KV", "read", "written", "read speed", "where"):
-        table.add_column(column, justify="left" if column in ("path", "where") else "right")
+    for column in ("path", "tensors", "KV", "read", "written", "GiB/s"):
+        table.add_column(column, justify="left" if column == "path" else "right", no_wrap=True)
     for name, path in record["paths"].items():
         speed = path["read_gib_s"]
         table.add_row(
             name.replace("_", "-"), str(path["tensors"]), format_size(path["bytes"]),
             format_size(path["read_bytes"]), format_size(path["write_bytes"]),
-            f"{speed:.2f} GiB/s" if speed else "-", f"{path.get('engine', '-')} {path.get('target', '')}".strip(),
+            f"{speed:.2f}" if speed else "-",
         )  # fmt: skip
     screen = console()
     screen.print(table)
-    screen.print(_closing_line(record))
+    for line in _closing_lines(record):
+        screen.print(line, soft_wrap=True)
 
 
-def _closing_line(record: dict[str, Any]) -> str:
-    memory, pipeline = record["memory"], record["pipeline"]
-    parts = [
-        f"prefill {record['prefill_s']:.2f} s",
-        f"decode {record['decode_s_per_token'] * 1000:.1f} ms a token",
+def _closing_lines(record: dict[str, Any]) -> list[str]:
+    memory, pipeline, direct = record["memory"], record["pipeline"], record["paths"]["direct"]
+    lines = [
+        f"prefill {record['prefill_s']:.2f} s, decode {record['decode_s_per_token'] * 1000:.1f} ms a token, "
         f"waited for storage {pipeline['stall_s']:.2f} s",
-        f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}",
+        f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}, "
         f"page-cache share {format_size(memory['page_cache_share_bytes'])}",
+        f"direct path: {direct['engine']}, {direct['target']}" if direct["tensors"] else "direct path: not needed",
     ]
     if record.get("verified"):
-        parts.append("every token equal to the run with its KV cache in memory")
-    return ", ".join(parts)
+        lines.append("verified: every token equals the run with its KV cache in memory")
+    return lines

@@ -53,9 +53,9 @@ def python_version(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
     return Check("python", FAIL, f"{text} is too old", "apt-get install python3.11 python3.11-venv")
 
 
-def c_engine(engines: Sequence[str], problem: str | None) -> Check:
-    """`engines` as the build lists them, or `problem`: why the build cannot be loaded."""
-    rebuild = "pip install --force-reinstall --no-deps ."
+def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check:
+    """`engines` as the build lists them, or `problem`: why the build cannot be loaded. `rebuild`: the
+    command that builds it again."""
     if problem:
         return Check("engine", FAIL, problem, rebuild)
     if "uring" not in engines:

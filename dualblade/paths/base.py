@@ -75,6 +75,10 @@ class StoragePath(ABC):
     def close(self) -> int:
         """Leave nothing behind. Returns the transfers given up, whose memory must be kept."""
 
+    def discard(self) -> None:
+        """Close, and take away what opening this path had made."""
+        self.close()
+
     def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
         """Start moving the pieces. Raises StorageError where the queue itself has failed."""
         try:

@@ -45,10 +45,16 @@ class DirectPath(StoragePath):
         if rooms:
             self.volume.free([self._extents.pop(room) for room in rooms])
 
+    def discard(self) -> None:
+        self._extents.clear()
+        self._open_target.discard()
+
     def close(self) -> int:
         """The extents of a target of this process alone go with it; another's table is tidied first."""
-        if self._extents and not self._open_target.exclusive:
-            self.volume.free(list(self._extents.values()))
-        self._extents.clear()
-        self._open_target.close()
+        try:
+            if self._extents and not self._open_target.exclusive:
+                self.volume.free(list(self._extents.values()))
+        finally:
+            self._extents.clear()
+            self._open_target.close()
         return self._open_target.given_up

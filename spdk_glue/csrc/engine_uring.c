@@ -211,6 +211,8 @@ static int uring_add_memory(void *self, uint64_t address, uint64_t bytes)
 static void uring_close(void *self)
 {
     struct uring_engine *engine = self;
+    /* The ring lingers in the kernel for a while, and with it the files' locks. */
+    io_uring_unregister_files(&engine->ring);
     io_uring_queue_exit(&engine->ring);
     close(engine->wake_fd);
     free(engine);

@@ -95,6 +95,7 @@ typedef struct {
     uint32_t is_block_device;
     uint32_t is_regular;
     uint32_t encrypted;          /* fscrypt */
+    uint32_t direct_refused;     /* the kernel says that O_DIRECT would be buffered here */
     uint32_t direct_alignment;   /* bytes O_DIRECT wants of offsets; 0 unknown */
     uint32_t memory_alignment;   /* bytes O_DIRECT wants of addresses; 0 unknown */
 } glue_file_facts;

@@ -101,6 +101,7 @@ static void statx_facts(int fd, glue_file_facts *out)
     if (answer.mask & dio) {
         out->direct_alignment = answer.dio_offset_align;
         out->memory_alignment = answer.dio_mem_align;
+        out->direct_refused = out->is_regular && !answer.dio_offset_align;
     }
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import spdk_glue
+from dualblade import target_files
 from dualblade.errors import TargetError
 from dualblade.extents import LBA
 from dualblade.targets import OpenTarget, open_target, open_volume
@@ -43,6 +44,11 @@ def ours(direct_dir: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_files, "_PATIENCE_S", 0.1)
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -53,7 +59,7 @@ with open_target(sys.argv[1], capacity=None, cache_dir=Path(".")):
 """
 
 
-def test_a_second_process_is_refused(ours: Path) -> None:
+def test_a_second_process_is_refused(ours: Path, impatient: None) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, ours], stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout is not None
@@ -66,13 +72,13 @@ def test_a_second_process_is_refused(ours: Path) -> None:
         assert open_volume(target).check().clean
 
 
-def test_a_second_open_in_this_process_is_refused(ours: Path) -> None:
+def test_a_second_open_in_this_process_is_refused(ours: Path, impatient: None) -> None:
     with open_file(ours), pytest.raises(TargetError, match="in use by another process"):
         open_file(ours)
     open_file(ours).close()
 
 
-def test_given_up_transfers_keep_the_lock(ours: Path) -> None:
+def test_given_up_transfers_keep_the_lock(ours: Path, impatient: None) -> None:
     """A write that may still land must not meet the next owner's data."""
     target = open_file(ours)
     fd = target._fd

@@ -210,9 +210,7 @@ def test_memory() -> None:
         assert open_volume(target).allocate(K0, MIB).nbytes == MIB
 
 
-def test_a_build_without_uring_says_what_to_install(
-    direct_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_without_uring_names_the_package(direct_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def not_built(*_: object) -> None:
         raise spdk_glue.NotBuiltError("no engine 'uring'")
 
@@ -317,14 +315,16 @@ def loop_device(direct_dir: Path) -> Iterator[str]:
 
 
 @pytest.mark.needs("root")
-def test_a_block_device(loop_device: str, direct_dir: Path) -> None:
+def test_a_block_device(loop_device: str, direct_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_file(loop_device) as target:
         assert (target.filesystem, target.capacity, target.created) == ("block device", SIZE, False)
         with pytest.raises(VolumeError, match="no superblock"):
             open_volume(target)
         Volume.create(target.queue, target.capacity)
-        with pytest.raises(TargetError, match="mounted or in use"):
-            open_file(loop_device)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(target_files, "_PATIENCE_S", 0.1)
+            with pytest.raises(TargetError, match="mounted or in use"):
+                open_file(loop_device)
     link = direct_dir / "by-id"
     link.symlink_to(loop_device)
     with open_file(link) as target:

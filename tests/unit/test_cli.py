@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,25 @@ def test_help_lists_every_command_and_an_example(capsys: pytest.CaptureFixture[s
     assert "Example:\n" in shown
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--help"]) == 0
-    shown = capsys.readouterr().out
-    assert f"Usage: dualblade-spdk {name}" in shown
-    assert "Example" in shown
+def every_command(group: click.Group, *path: str) -> Iterator[tuple[str, ...]]:
+    ctx = click.Context(group)
+    for name in group.list_commands(ctx):
+        found = group.get_command(ctx, name)
+        if isinstance(found, click.Group):
+            yield from every_command(found, *path, name)
+        else:
+            yield *path, name
+
+
+def test_every_command_has_json_and_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = list(every_command(program.cli))
+    assert len(commands) > len(COMMANDS)
+    for words in commands:
+        assert main([*words, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert f"Usage: dualblade-spdk {' '.join(words)}" in shown
+        assert "Example:" in shown, words
+        assert "--json" in shown, words
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +205,7 @@ def test_emit_shows_one_record_as_text_or_json(capsys: pytest.CaptureFixture[str
         "nan": float("nan"),
         "inf": [float("inf"), 1.5],
         "path": Path("/x"),
-        3: (True, None),
+        "flags": (True, None),
     }
     output.emit(record, True, lambda _: pytest.fail("text was asked for"))
     shown = capsys.readouterr().out
@@ -200,7 +214,7 @@ def test_emit_shows_one_record_as_text_or_json(capsys: pytest.CaptureFixture[str
         "nan": None,
         "inf": [None, 1.5],
         "path": "/x",
-        "3": [True, None],
+        "flags": [True, None],
     }
     assert "Größe" in shown
     output.emit(record, False, lambda given: click.echo(given["name"]))

@@ -50,7 +50,7 @@ def test_share_is_what_the_budget_leaves() -> None:
     share = page_cache_share(2 * GIB, FOOTPRINT)
     assert share.bytes == 2 * GIB - FOOTPRINT.total == 532 * MIB
     assert share.reason == (
-        "what --mem-budget 2 GiB leaves after weights 1 GiB, runtime 300 MiB, staging 128 MiB, reserve 64 MiB"
+        "what --mem-budget 2 GiB leaves after weights 1 GiB, runtime 300 MiB, staging 128 MiB, activations 64 MiB"
     )
 
 
@@ -63,7 +63,7 @@ def test_budget_below_the_footprint_says_what_is_needed() -> None:
         page_cache_share(GIB, FOOTPRINT)
     assert str(caught.value) == (
         "a memory budget of 1 GiB is too small: 1.48 GiB is needed before any KV is cached "
-        "(weights 1 GiB, runtime 300 MiB, staging 128 MiB, reserve 64 MiB)"
+        "(weights 1 GiB, runtime 300 MiB, staging 128 MiB, activations 64 MiB)"
     )
     assert caught.value.hint == "pass --mem-budget 1536M or more"
 

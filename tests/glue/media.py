@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queues of every engine, and numpy's idea of what a transfer does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdk_glue import PAGE, READ, WRITE, MemOptions, Piece, Queue, QueueOptions, Region, plain
+
+Bytes = NDArray[np.uint8]
+CAPACITY = 256 * PAGE
+SHUFFLED = MemOptions(latency_us=50, reorder_seed=7)
+
+
+@contextmanager
+def open_file(folder: Path, nbytes: int = CAPACITY, flags: int = os.O_DIRECT) -> Iterator[int]:
+    """A file of `nbytes` zeros."""
+    path = folder / "medium"
+    path.write_bytes(bytes(nbytes))
+    fd = os.open(path, os.O_RDWR | flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def open_queue(
+    engine: str, folder: Path, options: QueueOptions = QueueOptions(), capacity: int = CAPACITY,  # noqa: B008
+    script: MemOptions = SHUFFLED,
+) -> Iterator[Queue]:  # fmt: skip
+    """A medium of zeros: "uring" past the page cache, "buffered" through it, or "mem"."""
+    if engine == "mem":
+        with Queue.memory(capacity, options, script) as queue:
+            yield queue
+        return
+    flags = os.O_DIRECT if engine == "uring" else 0
+    with open_file(folder, capacity, flags) as fd, Queue.files([fd], options) as queue:
+        yield queue
+
+
+def array(region: Region) -> Bytes:
+    return np.frombuffer(region.buffer(), np.uint8)
+
+
+def noise(nbytes: int, seed: int = 0) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+def runs(pieces: Sequence[Piece], base: int) -> Iterator[tuple[slice, slice]]:
+    """(bytes of the medium, bytes of the memory from address `base` on) of every run."""
+    for piece in pieces:
+        for block in range(piece.blocks):
+            for head in range(piece.heads):
+                offset = piece.offset + (block * piece.heads + head) * piece.run_bytes
+                at = piece.address - base + block * piece.block_stride + head * piece.head_stride
+                yield slice(offset, offset + piece.run_bytes), slice(at, at + piece.run_bytes)
+
+
+def gather(medium: Bytes, memory: Bytes, pieces: Sequence[Piece], base: int) -> None:
+    """What a write does."""
+    for on_medium, in_memory in runs(pieces, base):
+        medium[on_medium] = memory[in_memory]
+
+
+def scatter(medium: Bytes, memory: Bytes, pieces: Sequence[Piece], base: int) -> None:
+    """What a read does."""
+    for on_medium, in_memory in runs(pieces, base):
+        memory[in_memory] = medium[on_medium]
+
+
+def read_back(queue: Queue, offset: int = 0, nbytes: int = CAPACITY) -> bytes:
+    with Region(nbytes) as region:
+        queue.run(READ, [plain(offset, region.address, nbytes)])
+        return bytes(region.buffer(0, nbytes))
+
+
+def write_bytes(queue: Queue, offset: int, data: bytes) -> None:
+    with Region(len(data)) as region:
+        region.buffer(0, len(data))[:] = data
+        queue.run(WRITE, [plain(offset, region.address, len(data))])
+
+
+def tasks() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def python(code: str, *, timeout: float = 60.0, **options: object) -> str:
+    """stdout of a Python process that runs `code`. Fails where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=False, **options
+    )  # type: ignore[call-overload]
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return str(done.stdout)
