@@ -55,8 +55,17 @@ class StorageError(DualBladeError, OSError):
     (0, 0 where the medium gave none).
     """
 
-    def __init__(self, message: str, hint: str | None = None, *, errno: int = 5, tensor: str = "", lba: int = 0,
-                 sct: int = 0, sc: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        message: str,
+        hint: str | None = None,
+        *,
+        errno: int = 5,
+        tensor: str = "",
+        lba: int = 0,
+        sct: int = 0,
+        sc: int = 0,
+    ):
         DualBladeError.__init__(self, message, hint)
         self.errno = errno
         self.strerror = message

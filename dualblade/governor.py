@@ -108,7 +108,7 @@ def _budget_too_small(budget: int, footprint: Footprint) -> BudgetError:
     return BudgetError(
         f"a memory budget of {format_size(budget)} is too small: {format_size(footprint.total)} is needed "
         f"before any KV is cached ({footprint.describe()})",
-        f"pass --mem-budget {_as_option(footprint.total)} or more",
+        f"pass --mem-budget {as_option(footprint.total)} or more",
     )
 
 
@@ -117,11 +117,11 @@ def _override_too_big(budget: int, footprint: Footprint, override: int) -> Budge
     return BudgetError(
         f"a page-cache budget of {format_size(override)} is too large: a memory budget of "
         f"{format_size(budget)} leaves {format_size(left)} after {footprint.describe()}",
-        f"leave --page-cache-budget out, or pass --mem-budget {_as_option(footprint.total + override)}",
+        f"leave --page-cache-budget out, or pass --mem-budget {as_option(footprint.total + override)}",
     )
 
 
-def _as_option(nbytes: int) -> str:
+def as_option(nbytes: int) -> str:
     """A size that the command line takes and that is enough."""
     return f"{max(round_up(nbytes, _HINT_STEP), _HINT_STEP) // MIB}M"
 

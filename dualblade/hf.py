@@ -89,18 +89,35 @@ class DualBladeCache(Cache):
     """
 
     def __init__(
-        self, config: PreTrainedConfig, nvme: str | None = None, mem_budget: str | int = "6G",
-        page_cache_budget: str | int | None = None, kv_path: str = "auto", max_tokens: int | None = None,
-        batch_size: int | None = None, dtype: torch.dtype | None = None, policy: str | None = None,
-        cache_dir: str | Path | None = None, capacity: str | int | None = None, weights_bytes: int = 0,
-        activation_bytes: int | None = None, prefetch_depth: int | None = None,
+        self,
+        config: PreTrainedConfig,
+        nvme: str | None = None,
+        mem_budget: str | int = "6G",
+        page_cache_budget: str | int | None = None,
+        kv_path: str = "auto",
+        max_tokens: int | None = None,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        policy: str | None = None,
+        cache_dir: str | Path | None = None,
+        capacity: str | int | None = None,
+        weights_bytes: int = 0,
+        activation_bytes: int | None = None,
+        prefetch_depth: int | None = None,
         settings: CacheSettings | None = None,
-    ):  # fmt: skip
+    ):
         self.settings = settings or CacheSettings.checked(
-            nvme=nvme, mem_budget=mem_budget, page_cache_budget=page_cache_budget, kv_path=kv_path,
-            policy=policy, cache_dir=cache_dir, capacity=capacity, weights_bytes=weights_bytes,
-            activation_bytes=activation_bytes, prefetch_depth=prefetch_depth,
-        )  # fmt: skip
+            nvme=nvme,
+            mem_budget=mem_budget,
+            page_cache_budget=page_cache_budget,
+            kv_path=kv_path,
+            policy=policy,
+            cache_dir=cache_dir,
+            capacity=capacity,
+            weights_bytes=weights_bytes,
+            activation_bytes=activation_bytes,
+            prefetch_depth=prefetch_depth,
+        )
         text = config.get_text_config(decoder=True)
         self._num_layers = _check_layers(text)
         self._max_tokens = max_tokens
@@ -112,14 +129,18 @@ class DualBladeCache(Cache):
         if max_tokens and batch_size and isinstance(known, torch.dtype):
             heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
             head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            self._open(make_specs(self._num_layers, batch_size, heads, head_dim, known.itemsize, max_tokens), known)
+            self._open(
+                make_specs(self._num_layers, batch_size, heads, head_dim, known.itemsize, max_tokens), known
+            )
 
     # set-up ---------------------------------------------------------------------------------
 
     def prepare(self, rows: torch.Tensor) -> None:
         """Take rooms for tensors like `rows` [batch, KV head, tokens, head_dim], or check that they fit."""
         if rows.device.type != "cpu":
-            raise ConfigError(f"this version keeps KV for models on the CPU, and this one is on {rows.device}")
+            raise ConfigError(
+                f"this version keeps KV for models on the CPU, and this one is on {rows.device}"
+            )
         if rows.requires_grad:
             raise ConfigError("DualBladeCache is for inference", "call the model under torch.no_grad()")
         batch, heads, tokens, head_dim = rows.shape

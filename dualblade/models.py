@@ -95,7 +95,9 @@ def check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged or cut short: {error}", "copy or download it again") from error
+            raise ModelError(
+                f"{file} is damaged or cut short: {error}", "copy or download it again"
+            ) from error
 
 
 def _load(ref: ModelRef, loader: Any) -> Any:

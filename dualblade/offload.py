@@ -11,7 +11,7 @@ from dualblade.host.sysfs import Host
 from dualblade.paths.base import StoragePath
 from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
-from dualblade.planner import BudgetRequest, RunPlan, SegmentPlacer, make_plan
+from dualblade.planner import BudgetRequest, SegmentPlacer, make_plan
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
 from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
@@ -61,7 +61,11 @@ class Offload:
         capacity = settings.capacity
         if capacity is None and settings.nvme is None:
             extents = len(self.plan.specs)
-            capacity = default_capacity(settings.cache_dir, GROWING_CAPACITY) if grows else capacity_for(wanted, extents)
+            capacity = (
+                default_capacity(settings.cache_dir, GROWING_CAPACITY)
+                if grows
+                else capacity_for(wanted, extents)
+            )
         options = QueueOptions(drain_ms=int(settings.timeout_s * 1000))
         target = open_target(settings.nvme, capacity=capacity, cache_dir=settings.cache_dir, options=options)
         try:
@@ -75,9 +79,15 @@ class Offload:
     def _make_store(self, specs: Sequence[TensorSpec], device: Device) -> KVStore:
         plan = self.plan
         return KVStore(
-            specs, plan.layouts, device, self.paths, SegmentPlacer(plan),
-            slots=plan.pipeline.slots, capacity=plan.capacity, prefetch_depth=plan.pipeline.prefetch_depth,
-        )  # fmt: skip
+            specs,
+            plan.layouts,
+            device,
+            self.paths,
+            SegmentPlacer(plan),
+            slots=plan.pipeline.slots,
+            capacity=plan.capacity,
+            prefetch_depth=plan.pipeline.prefetch_depth,
+        )
 
     def _cached_fds(self) -> list[int]:
         path = self.paths.get(PathKind.PAGE_CACHE)
@@ -114,9 +124,12 @@ class Offload:
         placed = [item for item in self.store.placements if item.path is kind]
         path = self.paths.get(kind)
         record: dict[str, Any] = {
-            "tensors": len({item.key for item in placed}), "bytes": sum(item.bytes for item in placed),
-            "read_bytes": 0, "write_bytes": 0, "read_gib_s": None,
-        }  # fmt: skip
+            "tensors": len({item.key for item in placed}),
+            "bytes": sum(item.bytes for item in placed),
+            "read_bytes": 0,
+            "write_bytes": 0,
+            "read_gib_s": None,
+        }
         if path is not None:
             stats = path.queue.stats()
             record["read_bytes"], record["write_bytes"] = stats.read_bytes, stats.write_bytes

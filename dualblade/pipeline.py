@@ -21,7 +21,9 @@ class PipelinePlan:
     slots: int
 
 
-def plan_pipeline(num_layers: int, slot_bytes: int, available: int, wanted: int | None = None) -> PipelinePlan:
+def plan_pipeline(
+    num_layers: int, slot_bytes: int, available: int, wanted: int | None = None
+) -> PipelinePlan:
     """As far ahead as a third of `available` bytes allows, at least nothing ahead (two slots).
 
     Raises BudgetError where not even one layer fits.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualblade.errors import BudgetError
-from dualblade.governor import Footprint, Share, page_cache_share, place, place_segment
+from dualblade.governor import Footprint, Share, as_option, page_cache_share, place, place_segment
 from dualblade.layout import Layout, choose_layout
 from dualblade.pipeline import PipelinePlan, plan_pipeline
 from dualblade.residency import MemorySnapshot
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
-from dualblade.units import MIB, format_size
+from dualblade.units import format_size
 
 TAILS_SHARE = 16  # unfinished blocks take at most this fraction of the free budget
 DEFAULT_POLICY = "spread"
@@ -78,13 +78,15 @@ def make_plan(
     slot_bytes = max(layouts[spec.key].slot_bytes(capacity) for spec in specs)
     tails = sum(layout.block_bytes for layout in layouts.values())
     pipeline = _plan_staging(specs, request, slot_bytes, left - tails)
-    footprint = Footprint(request.weights, request.runtime, pipeline.slots * slot_bytes, tails, request.activations)
+    footprint = Footprint(
+        request.weights, request.runtime, pipeline.slots * slot_bytes, tails, request.activations
+    )
     share = page_cache_share(request.budget, footprint, snapshot, request.page_cache)
     sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in specs}
     placements = [] if grows else place(specs, sizes, share.bytes, request.policy, request.forced)
     return RunPlan(
         request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, placements
-    )  # fmt: skip
+    )
 
 
 def choose_layouts(specs: Sequence[TensorSpec], left: int) -> dict[TensorKey, Layout]:
@@ -106,7 +108,7 @@ def _plan_staging(
     )
     raise BudgetError(
         f"a memory budget of {format_size(request.budget)} is too small: {format_size(need)} is needed ({parts})",
-        f"pass --mem-budget {-(-need // (64 * MIB)) * 64}M or more, or lower the context or the batch",
+        f"pass --mem-budget {as_option(need)} or more, or lower the context or the batch",
     )
 
 

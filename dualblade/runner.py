@@ -57,10 +57,16 @@ class Generation:
     """
 
     def __init__(
-        self, model: Any, cache: Cache, prompt: Prompt, sampling: Sampling, eos: frozenset[int], chunk: int,
+        self,
+        model: Any,
+        cache: Cache,
+        prompt: Prompt,
+        sampling: Sampling,
+        eos: frozenset[int],
+        chunk: int,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         on_token: Callable[[list[int]], None] = lambda ids: None,
-    ):  # fmt: skip
+    ):
         self.model = model
         self.cache = cache
         self.prompt = prompt
@@ -115,9 +121,13 @@ class Generation:
         extra = {"attention_mask": mask} if self.prompt.padded else {}
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:]
         out = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True,
-            logits_to_keep=1, **extra,
-        )  # fmt: skip
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **extra,
+        )
         return out.logits[:, -1].float()
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:

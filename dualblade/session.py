@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class RunOptions:
     dtype: str | None = None
     attention: str = "sdpa"
     chunk: int = PREFILL_CHUNK
-    sampling: runner.Sampling = runner.Sampling()
+    sampling: runner.Sampling = field(default_factory=runner.Sampling)
     verify: bool = False
 
 
@@ -53,7 +53,7 @@ class Session:
     Raises UsageError, ModelError, ConfigError, BudgetError, TargetError, StorageError.
     """
 
-    def __init__(self, options: RunOptions, watcher: Watcher = Watcher()):  # noqa: B008
+    def __init__(self, options: RunOptions, watcher: Watcher = Watcher()):
         self.options = options
         self.watcher = watcher
         self.ref = models.resolve(options.model)
@@ -70,7 +70,9 @@ class Session:
         options = self.options
         if options.prompt_len:
             vocabulary = models.text_config(self.config).vocab_size
-            return runner.random_prompt(options.batch_size, options.prompt_len, vocabulary, options.sampling.seed)
+            return runner.random_prompt(
+                options.batch_size, options.prompt_len, vocabulary, options.sampling.seed
+            )
         text = options.prompt if options.prompt is not None else _read(options.prompt_file)
         return runner.encode(self.tokenizer, [text] * options.batch_size)
 
@@ -95,9 +97,13 @@ class Session:
         if self.ref.folder:
             models.check_weights(self.ref.folder)
         with DualBladeCache(
-            self.config, mem_budget=self.settings.budget, max_tokens=self.context,
-            batch_size=self.options.batch_size, dtype=self.dtype, settings=self.settings,
-        ) as cache:  # fmt: skip
+            self.config,
+            mem_budget=self.settings.budget,
+            max_tokens=self.context,
+            batch_size=self.options.batch_size,
+            dtype=self.dtype,
+            settings=self.settings,
+        ) as cache:
             self.watcher.stage("loading the weights")
             model = models.load_model(self.ref, self.dtype, self.options.attention)
             result, text = self._generate(model, cache)
@@ -116,7 +122,14 @@ class Session:
 
         eos = runner.end_tokens(model) if self.tokenizer else frozenset()
         generation = runner.Generation(
-            model, cache, self.prompt, self.options.sampling, eos, self.options.chunk, watcher.prefill, on_token
+            model,
+            cache,
+            self.prompt,
+            self.options.sampling,
+            eos,
+            self.options.chunk,
+            watcher.prefill,
+            on_token,
         )
         result = generation.run(self.options.max_new_tokens)
         return result, stream.end() if stream else None
@@ -127,7 +140,8 @@ class Session:
         expected, _ = self._generate(model, runner.in_memory_cache(self.config), quiet=True)
         if expected.tokens != result.tokens:
             raise DualBladeError(
-                "the tokens differ from those with the KV cache in memory", "this is a defect: please report it"
+                "the tokens differ from those with the KV cache in memory",
+                "this is a defect: please report it",
             )
         return True
 

@@ -44,11 +44,19 @@ class CacheSettings:
 
     @classmethod
     def checked(
-        cls, *, mem_budget: str | int, nvme: str | None = None, page_cache_budget: str | int | None = None,
-        kv_path: str = "auto", policy: str | None = None, cache_dir: str | Path | None = None,
-        capacity: str | int | None = None, weights_bytes: int = 0, activation_bytes: int | None = None,
+        cls,
+        *,
+        mem_budget: str | int,
+        nvme: str | None = None,
+        page_cache_budget: str | int | None = None,
+        kv_path: str = "auto",
+        policy: str | None = None,
+        cache_dir: str | Path | None = None,
+        capacity: str | int | None = None,
+        weights_bytes: int = 0,
+        activation_bytes: int | None = None,
         prefetch_depth: int | None = None,
-    ) -> CacheSettings:  # fmt: skip
+    ) -> CacheSettings:
         """Raises UsageError naming the setting that makes no sense."""
         if kv_path not in KV_PATHS:
             raise UsageError(f"kv_path {kv_path!r} is none of {', '.join(KV_PATHS)}")

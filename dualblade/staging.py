@@ -40,7 +40,9 @@ class SlotPool:
     def __init__(self, count: int, slot_bytes: int):
         self.slot_bytes = round_up(slot_bytes, PAGE)
         self.region = Region(count * self.slot_bytes)
-        self.slots = [Slot(self.region.address + at, at) for at in range(0, count * self.slot_bytes, self.slot_bytes)]
+        self.slots = [
+            Slot(self.region.address + at, at) for at in range(0, count * self.slot_bytes, self.slot_bytes)
+        ]
         self._free: deque[Slot] = deque(self.slots)
         self._draining: deque[Slot] = deque()
 

@@ -73,9 +73,16 @@ class KVStore:
     """
 
     def __init__(
-        self, specs: Sequence[TensorSpec], layouts: Mapping[TensorKey, Layout], device: Device,
-        paths: Mapping[PathKind, StoragePath], placer: Placer, slots: int, capacity: int, prefetch_depth: int,
-    ):  # fmt: skip
+        self,
+        specs: Sequence[TensorSpec],
+        layouts: Mapping[TensorKey, Layout],
+        device: Device,
+        paths: Mapping[PathKind, StoragePath],
+        placer: Placer,
+        slots: int,
+        capacity: int,
+        prefetch_depth: int,
+    ):
         self.device = device
         self.paths = paths
         self.placer = placer

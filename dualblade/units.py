@@ -21,12 +21,14 @@ def parse_size(text: str, name: str = "size") -> int:
     match = _SIZE.fullmatch(text.strip())
     nbytes = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
     if not 1 <= nbytes < LARGEST:
-        raise UsageError(f"{name} {text!r} is not a size", "write a number and K, M, G or T (powers of 1024), e.g. 6G")
+        raise UsageError(
+            f"{name} {text!r} is not a size", "write a number and K, M, G or T (powers of 1024), e.g. 6G"
+        )
     return int(nbytes)
 
 
 def format_size(nbytes: float) -> str:
-    """"1.5 GiB"; exact below 1 KiB."""
+    """ "1.5 GiB"; exact below 1 KiB."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(nbytes) >= unit:
             return f"{nbytes / unit:.3g} {name}" if nbytes / unit < 1000 else f"{nbytes / unit:.0f} {name}"

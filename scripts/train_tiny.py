@@ -148,7 +148,9 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("dualblade/data/tiny"))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -162,11 +164,14 @@ def main() -> None:
     tokens = encode(tokenizer, corpus())
     model = LlamaForCausalLM(tiny_config(len(tokenizer)))
     if options.start:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32).state_dict())
+        model.load_state_dict(
+            LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32).state_dict()
+        )
     print(f"{len(tokens):,} bytes of text, {model.num_parameters():,} parameters", flush=True)
 
     def save() -> None:
-        weights = LlamaForCausalLM(model.config).to(torch.bfloat16)
+        weights = LlamaForCausalLM(model.config)
+        weights.bfloat16()
         weights.load_state_dict(model.state_dict())
         weights.config.dtype = torch.bfloat16
         weights.save_pretrained(options.out)

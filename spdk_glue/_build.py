@@ -39,8 +39,10 @@ def make_builder() -> FFI:
     libraries = ["pthread"]
     uring = None if os.environ.get("DUALBLADE_NO_URING") else pkg_config("liburing", "--libs-only-l")
     if uring is None:
-        print("spdk_glue: liburing not found (Debian: apt-get install liburing-dev); building without it",
-              file=sys.stderr)
+        print(
+            "spdk_glue: liburing not found (Debian: apt-get install liburing-dev); building without it",
+            file=sys.stderr,
+        )
         sources.append("no_uring.c")
     else:
         sources.append("engine_uring.c")

@@ -8,8 +8,8 @@ from typing import Any
 from spdk_glue.errors import NotBuiltError
 
 try:
-    from spdk_glue import _glue
-except ImportError as error:  # pragma: a source tree without the build
+    import spdk_glue._glue as _glue
+except ImportError as error:
     raise NotBuiltError(f"the C engine is not built ({error}); `pip install .` builds it") from error
 
 ffi: Any = _glue.ffi

@@ -37,7 +37,11 @@ class TransferError(GlueError):
 
     def __init__(self, completion: Completion):
         code = -completion.result
-        status = f", NVMe status sct={completion.sct:#x} sc={completion.sc:#x}" if completion.sct or completion.sc else ""
+        status = (
+            f", NVMe status sct={completion.sct:#x} sc={completion.sc:#x}"
+            if completion.sct or completion.sc
+            else ""
+        )
         reason = "end of the medium" if code == errno.ENODATA else os.strerror(code)
         super().__init__(code, f"{reason} at byte {completion.offset}{status}")
         self.completion = completion

@@ -27,7 +27,8 @@ _NOTES = {
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """size: bytes. direct_refused: O_DIRECT would be buffered here all the same. direct_alignment, memory_alignment: what O_DIRECT wants, in bytes; 0 unknown."""
+    """size: bytes. direct_refused: O_DIRECT would be buffered here all the same. direct_alignment,
+    memory_alignment: what O_DIRECT wants, in bytes; 0 unknown."""
 
     size: int
     filesystem: str

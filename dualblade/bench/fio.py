@@ -23,10 +23,22 @@ def run_fio(file: Path, rw: str, size: int, command_bytes: int, depth: int) -> f
     Raises DualBladeError where fio fails.
     """
     command = [
-        fio_path() or "fio", "--name=reference", f"--filename={file}", f"--rw={rw}", f"--bs={command_bytes}",
-        f"--iodepth={depth}", "--ioengine=io_uring", "--direct=1", f"--size={size}", "--invalidate=0",
-        "--allow_file_create=0", "--registerfiles=1", "--fixedbufs=1", "--refill_buffers=0", "--output-format=json",
-    ]  # fmt: skip
+        fio_path() or "fio",
+        "--name=reference",
+        f"--filename={file}",
+        f"--rw={rw}",
+        f"--bs={command_bytes}",
+        f"--iodepth={depth}",
+        "--ioengine=io_uring",
+        "--direct=1",
+        f"--size={size}",
+        "--invalidate=0",
+        "--allow_file_create=0",
+        "--registerfiles=1",
+        "--fixedbufs=1",
+        "--refill_buffers=0",
+        "--output-format=json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise DualBladeError(f"fio failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")

@@ -54,10 +54,14 @@ def run_io_bench(bench: IoBench, say: Callable[[str], None]) -> dict[str, Any]:
         stats = queue.stats()
     rounds = [made | {"page_cache": cached} for made, cached in zip(rounds, _page_cache(bench), strict=True)]
     record = {
-        "target": str(bench.folder), "size_bytes": bench.size, "queue_depth": bench.queue_depth,
-        "command_bytes": bench.command_bytes, "rounds": bench.rounds, "registered_bytes": registered,
+        "target": str(bench.folder),
+        "size_bytes": bench.size,
+        "queue_depth": bench.queue_depth,
+        "command_bytes": bench.command_bytes,
+        "rounds": bench.rounds,
+        "registered_bytes": registered,
         "max_in_flight": stats.max_in_flight,
-    }  # fmt: skip
+    }
     return record | _summary(rounds) | {"software": software_cost(bench.options), "measured": rounds}
 
 
@@ -81,7 +85,9 @@ def _random_file(bench: IoBench, say: Callable[[str], None]) -> Iterator[tuple[P
         finally:
             os.close(fd)
     except OSError as error:
-        raise CapacityError(f"the benchmark file cannot be made: {error.strerror}", "try --cache-dir") from error
+        raise CapacityError(
+            f"the benchmark file cannot be made: {error.strerror}", "try --cache-dir"
+        ) from error
     finally:
         os.unlink(name)
 
@@ -164,9 +170,10 @@ def _summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
     """Medians, and ratios of measurements of the same round, whose median is what counts."""
     medians = {f"{name}_gib_s": statistics.median(r[name] for r in rounds) for name in rounds[0]}
     pairs = {
-        "read_vs_fio": ("engine_read", "fio_read"), "write_vs_fio": ("engine_write", "fio_write"),
+        "read_vs_fio": ("engine_read", "fio_read"),
+        "write_vs_fio": ("engine_write", "fio_write"),
         "store_vs_engine": ("tensor_store", "tensor_engine"),
-    }  # fmt: skip
+    }
     ratios = {
         name: statistics.median(r[ours] / r[other] for r in rounds)
         for name, (ours, other) in pairs.items()
@@ -191,4 +198,3 @@ def software_cost(options: QueueOptions, loads: int = 50) -> dict[str, float]:
         "commands_per_load": commands / len(store.tensors),
         "python_us_per_load": cpu / len(store.tensors) * 1e6,
     }
-

@@ -22,13 +22,17 @@ def bench() -> None:
 
 
 @bench.command(epilog="Example: dualblade-spdk bench io --size 1G --rounds 5")
-@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the test file is made.")
+@click.option(
+    "--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the test file is made."
+)
 @click.option("--size", default="1G", show_default=True, help="Of the test file; a multiple of 128M.")
 @click.option("--queue-depth", type=click.IntRange(1, 1024), default=32, show_default=True)
 @click.option("--command", "command_size", default="1M", show_default=True, help="Size of one command.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
 @json_option
-def io(as_json: bool, cache_dir: Path | None, size: str, queue_depth: int, command_size: str, rounds: int) -> None:
+def io(
+    as_json: bool, cache_dir: Path | None, size: str, queue_depth: int, command_size: str, rounds: int
+) -> None:
     """The engine beside fio, and the store beside the engine, on one file of random bytes."""
     nbytes, command_bytes = parse_size(size, "--size"), parse_size(command_size, "--command")
     if nbytes % STEP:
@@ -41,7 +45,9 @@ def io(as_json: bool, cache_dir: Path | None, size: str, queue_depth: int, comma
 
     screen = console()
     if not fio_path():
-        screen.print("fio is not installed, so the engine has no reference here (Debian: apt-get install fio)")
+        screen.print(
+            "fio is not installed, so the engine has no reference here (Debian: apt-get install fio)"
+        )
     folder = cache_dir or default_cache_dir()
     made = IoBench(folder, nbytes, queue_depth, command_bytes, rounds)
     record = run_io_bench(made, lambda text: screen.print(f"[dim]{text}[/dim]"))
@@ -51,16 +57,19 @@ def io(as_json: bool, cache_dir: Path | None, size: str, queue_depth: int, comma
 
 def _show(record: dict[str, Any]) -> None:
     names = {
-        "engine_read": "sequential read", "fio_read": "  fio, the same",
-        "engine_write": "sequential write", "fio_write": "  fio, the same",
-        "tensor_engine": "128 MiB at a time, engine", "tensor_store": "128 MiB KV tensor, store",
+        "engine_read": "sequential read",
+        "fio_read": "  fio, the same",
+        "engine_write": "sequential write",
+        "fio_write": "  fio, the same",
+        "tensor_engine": "128 MiB at a time, engine",
+        "tensor_store": "128 MiB KV tensor, store",
         "page_cache": "128 MiB KV tensor, page cache",
-    }  # fmt: skip
+    }
     rows = [
         (title, f"{record[name + '_gib_s']:.2f}")
         for name, title in names.items()
         if name + "_gib_s" in record
-    ]  # fmt: skip
+    ]
     table(("measured", "GiB/s (median)"), rows)
     ratios, software = record["ratios"], record["software"]
     for name, value in ratios.items():

@@ -13,19 +13,35 @@ from dualblade.settings import KV_PATHS, POLICIES
 
 _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--model", default="tiny", show_default=True, help="An alias, a hub id or a local folder."),
-    click.option("--mem-budget", required=True, metavar="SIZE", help="Host memory of the whole process, e.g. 6G."),
+    click.option(
+        "--mem-budget", required=True, metavar="SIZE", help="Host memory of the whole process, e.g. 6G."
+    ),
     click.option("--page-cache-budget", metavar="SIZE", help="What the page-cache path may fill of it."),
     click.option("--kv-path", type=click.Choice(list(KV_PATHS)), default="auto", show_default=True),
-    click.option("--policy", type=click.Choice(list(POLICIES)), help="How tensors are chosen for the page cache."),
-    click.option("--nvme", metavar="TARGET", help="Where the direct path lives [default: a file in --cache-dir]."),
+    click.option(
+        "--policy", type=click.Choice(list(POLICIES)), help="How tensors are chosen for the page cache."
+    ),
+    click.option(
+        "--nvme", metavar="TARGET", help="Where the direct path lives [default: a file in --cache-dir]."
+    ),
     click.option("--capacity", metavar="SIZE", help="Size of a target file that this run creates."),
-    click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder for KV files."),
+    click.option(
+        "--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder for KV files."
+    ),
     click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]"),
-    click.option("--prefill-chunk", type=click.IntRange(min=1), default=2048, show_default=True, metavar="N",
-                 help="Prompt tokens a forward pass."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]"
+    ),
+    click.option(
+        "--prefill-chunk",
+        type=click.IntRange(min=1),
+        default=2048,
+        show_default=True,
+        metavar="N",
+        help="Prompt tokens a forward pass.",
+    ),
     click.option("--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead."),
-]  # fmt: skip
+]
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +56,13 @@ def settings_from(options: dict[str, Any]) -> Any:
     from dualblade.settings import CacheSettings
 
     names = (
-        "mem_budget", "page_cache_budget", "kv_path", "policy", "nvme", "capacity", "cache_dir", "prefetch_depth"
-    )  # fmt: skip
+        "mem_budget",
+        "page_cache_budget",
+        "kv_path",
+        "policy",
+        "nvme",
+        "capacity",
+        "cache_dir",
+        "prefetch_depth",
+    )
     return CacheSettings.checked(**{name: options[name] for name in names})

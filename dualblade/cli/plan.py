@@ -14,7 +14,9 @@ from dualblade.units import format_size
 
 @click.command(epilog="Example: dualblade-spdk plan --model tiny --mem-budget 1G --context 4096")
 @model_options
-@click.option("--context", type=click.IntRange(min=2), required=True, metavar="N", help="Prompt and new tokens.")
+@click.option(
+    "--context", type=click.IntRange(min=2), required=True, metavar="N", help="Prompt and new tokens."
+)
 @json_option
 def plan(as_json: bool, context: int, **options: Any) -> None:
     """Show which KV tensor goes where, and why. Touches nothing."""
@@ -25,9 +27,14 @@ def plan(as_json: bool, context: int, **options: Any) -> None:
     quiet_libraries()
     session = Session(
         RunOptions(
-            model=options["model"], settings=settings, prompt_len=context - 1, max_new_tokens=1,
-            batch_size=options["batch_size"], dtype=options["dtype"], chunk=options["prefill_chunk"],
-        )  # fmt: skip
+            model=options["model"],
+            settings=settings,
+            prompt_len=context - 1,
+            max_new_tokens=1,
+            batch_size=options["batch_size"],
+            dtype=options["dtype"],
+            chunk=options["prefill_chunk"],
+        )
     )
     emit(_record(session, context), as_json, _show)
 
@@ -57,7 +64,9 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "kv_bytes": sum(spec.tokens * spec.token_bytes for spec in made.specs),
         "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
         "prefetch_depth": made.pipeline.prefetch_depth,
-        "storage_s_per_token": storage_seconds(session.settings.cache_dir, session.settings.nvme, cached, direct),
+        "storage_s_per_token": storage_seconds(
+            session.settings.cache_dir, session.settings.nvme, cached, direct
+        ),
         "placements": [
             {"tensor": str(item.key), "path": item.path.value, "bytes": item.bytes, "reason": item.reason}
             for item in made.placements
@@ -67,7 +76,9 @@ def _record(session: Any, context: int) -> dict[str, Any]:
 
 def _show(record: dict[str, Any]) -> None:
     memory = record["memory"]
-    click.echo(f"{record['model']}, {record['context']} tokens, batch {record['batch_size']}, {record['dtype']}")
+    click.echo(
+        f"{record['model']}, {record['context']} tokens, batch {record['batch_size']}, {record['dtype']}"
+    )
     click.echo(f"KV cache {format_size(record['kv_bytes'])}, budget {format_size(memory['budget_bytes'])}:")
     for name in ("weights", "runtime", "activation", "staging", "tail", "page_cache_share"):
         click.echo(f"  {name.replace('_', ' '):17}{format_size(memory[name + '_bytes']):>10}")

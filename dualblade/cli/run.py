@@ -21,16 +21,22 @@ from dualblade.units import format_size
 @model_options
 @click.option("--prompt", metavar="TEXT")
 @click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE")
-@click.option("--prompt-len", type=click.IntRange(min=1), metavar="N", help="N random tokens; prints no text.")
+@click.option(
+    "--prompt-len", type=click.IntRange(min=1), metavar="N", help="N random tokens; prints no text."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--attention", type=click.Choice(["sdpa", "eager"]), default="sdpa", show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
+)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0 for all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--verify", is_flag=True, help="Generate again with the KV cache in memory and compare.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON record here too.")
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON record here too."
+)
 @json_option
 def run(as_json: bool, report: Path | None, **options: Any) -> None:
     """Generate text with the KV cache offloaded."""
@@ -63,12 +69,19 @@ def _run_options(options: dict[str, Any]) -> Any:
 
     quiet_libraries()
     return RunOptions(
-        model=options["model"], settings=settings, prompt=options["prompt"], prompt_file=options["prompt_file"],
-        prompt_len=options["prompt_len"], max_new_tokens=options["max_new_tokens"],
-        batch_size=options["batch_size"], dtype=options["dtype"], attention=options["attention"],
-        chunk=options["prefill_chunk"], verify=options["verify"],
+        model=options["model"],
+        settings=settings,
+        prompt=options["prompt"],
+        prompt_file=options["prompt_file"],
+        prompt_len=options["prompt_len"],
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+        dtype=options["dtype"],
+        attention=options["attention"],
+        chunk=options["prefill_chunk"],
+        verify=options["verify"],
         sampling=Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"]),
-    )  # fmt: skip
+    )
 
 
 def _generate(options: Any, show_text: bool) -> dict[str, Any]:
@@ -76,9 +89,13 @@ def _generate(options: Any, show_text: bool) -> dict[str, Any]:
 
     screen = console()
     progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"),
-        TimeElapsedColumn(), console=screen, transient=True,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} tokens"),
+        TimeElapsedColumn(),
+        console=screen,
+        transient=True,
+    )
     bar: list[Any] = []
 
     def on_prefill(done: int, total: int) -> None:
@@ -114,10 +131,13 @@ def show_summary(record: dict[str, Any]) -> None:
     for name, path in record["paths"].items():
         speed = path["read_gib_s"]
         table.add_row(
-            name.replace("_", "-"), str(path["tensors"]), format_size(path["bytes"]),
-            format_size(path["read_bytes"]), format_size(path["write_bytes"]),
+            name.replace("_", "-"),
+            str(path["tensors"]),
+            format_size(path["bytes"]),
+            format_size(path["read_bytes"]),
+            format_size(path["write_bytes"]),
             f"{speed:.2f}" if speed else "-",
-        )  # fmt: skip
+        )
     screen = console()
     screen.print(table)
     for line in _closing_lines(record):
@@ -131,7 +151,9 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         f"waited for storage {pipeline['stall_s']:.2f} s",
         f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}, "
         f"page-cache share {format_size(memory['page_cache_share_bytes'])}",
-        f"direct path: {direct['engine']}, {direct['target']}" if direct["tensors"] else "direct path: not needed",
+        f"direct path: {direct['engine']}, {direct['target']}"
+        if direct["tensors"]
+        else "direct path: not needed",
     ]
     if record.get("verified"):
         lines.append("verified: every token equals the run with its KV cache in memory")

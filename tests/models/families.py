@@ -11,18 +11,36 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(
-        vocab_size=199, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        vocab_size=199,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
     ),
     "opt": lambda: OPTConfig(
-        vocab_size=199, hidden_size=64, ffn_dim=128, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=1024, word_embed_proj_dim=64, do_layer_norm_before=True,
+        vocab_size=199,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        word_embed_proj_dim=64,
+        do_layer_norm_before=True,
     ),
     "qwen2": lambda: Qwen2Config(
-        vocab_size=199, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, use_sliding_window=False,
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        use_sliding_window=False,
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import CONFIGS, model_of
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache
 from dualblade.models import kv_specs
-from families import CONFIGS, model_of
 
 PROMPT, NEW = 230, 24
 WAYS = list(product(CONFIGS, (torch.float32, torch.bfloat16), (1, 4), (False, True), (None, 50)))
@@ -33,9 +33,15 @@ def prompt(batch: int) -> dict[str, torch.Tensor]:
 def generate(family, dtype, batch, sample, chunk, cache):
     torch.manual_seed(3)
     return model_of(family, dtype).generate(
-        **prompt(batch), past_key_values=cache, max_new_tokens=NEW, do_sample=sample, temperature=0.9 if sample else None,
-        prefill_chunk_size=chunk, output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        **prompt(batch),
+        past_key_values=cache,
+        max_new_tokens=NEW,
+        do_sample=sample,
+        temperature=0.9 if sample else None,
+        prefill_chunk_size=chunk,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
 
 
 @functools.cache
@@ -59,7 +65,9 @@ def assert_same(way, cache: DualBladeCache) -> None:
 @pytest.mark.needs("uring", "o_direct")
 @pytest.mark.parametrize("engine", ["uring", "mem"])
 @pytest.mark.parametrize("kv_path", ["page-cache", "direct", "auto"])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(str(part).removeprefix("torch.") for part in way))
+@pytest.mark.parametrize(
+    "way", WAYS, ids=lambda way: "-".join(str(part).removeprefix("torch.") for part in way)
+)
 def test_same_tokens_and_logits(way, kv_path: str, engine: str, direct_dir: Path) -> None:
     family, dtype, batch, *_ = way
     if engine == "mem" and kv_path == "page-cache":
@@ -68,10 +76,16 @@ def test_same_tokens_and_logits(way, kv_path: str, engine: str, direct_dir: Path
     else:
         share = kv_bytes(family, dtype, batch) // 3 if kv_path == "auto" else None
     with DualBladeCache(
-        model_of(family, dtype).config, nvme="mem:64M" if engine == "mem" else None, mem_budget="8G",
-        page_cache_budget=share, kv_path=kv_path, max_tokens=PROMPT + NEW, batch_size=batch, dtype=dtype,
+        model_of(family, dtype).config,
+        nvme="mem:64M" if engine == "mem" else None,
+        mem_budget="8G",
+        page_cache_budget=share,
+        kv_path=kv_path,
+        max_tokens=PROMPT + NEW,
+        batch_size=batch,
+        dtype=dtype,
         cache_dir=direct_dir,
-    ) as cache:  # fmt: skip
+    ) as cache:
         assert_same(way, cache)
         paths = cache.report()["paths"]
     if kv_path == "auto" and share != 4096:
@@ -84,12 +98,18 @@ def test_same_tokens_and_logits(way, kv_path: str, engine: str, direct_dir: Path
 
 @pytest.mark.needs("uring", "o_direct")
 @pytest.mark.parametrize("depth", [0, 1, 2])
-@pytest.mark.parametrize("way", [w for w in WAYS if w[1] == torch.float32 and w[2] == 4 and w[4]][:3:2], ids=str)
+@pytest.mark.parametrize(
+    "way", [w for w in WAYS if w[1] == torch.float32 and w[2] == 4 and w[4]][:3:2], ids=str
+)
 def test_growing_without_a_known_end(way, depth: int, direct_dir: Path) -> None:
     """No max_tokens, no batch_size: slots and tensors grow while generating, at every prefetch depth."""
     family, dtype, batch, *_ = way
     with DualBladeCache(
-        model_of(family, dtype).config, mem_budget="8G", page_cache_budget=kv_bytes(family, dtype, batch) // 3,
-        cache_dir=direct_dir, capacity="64M", prefetch_depth=depth,
-    ) as cache:  # fmt: skip
+        model_of(family, dtype).config,
+        mem_budget="8G",
+        page_cache_budget=kv_bytes(family, dtype, batch) // 3,
+        cache_dir=direct_dir,
+        capacity="64M",
+        prefetch_depth=depth,
+    ) as cache:
         assert_same(way, cache)

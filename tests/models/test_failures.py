@@ -25,18 +25,28 @@ TOKENS = 300
 def cache(tmp_path: Path) -> Iterator[DualBladeCache]:
     """All KV on a mem medium, whose faults can be scripted."""
     with DualBladeCache(
-        model_of("llama", torch.float32).config, nvme="mem:64M", mem_budget="8G", kv_path="direct",
-        max_tokens=TOKENS, batch_size=1, dtype=torch.float32, cache_dir=tmp_path,
-    ) as cache:  # fmt: skip
+        model_of("llama", torch.float32).config,
+        nvme="mem:64M",
+        mem_budget="8G",
+        kv_path="direct",
+        max_tokens=TOKENS,
+        batch_size=1,
+        dtype=torch.float32,
+        cache_dir=tmp_path,
+    ) as cache:
         yield cache
 
 
 def generate(cache: DualBladeCache, new: int = 40, chunk: int | None = None):
     ids = torch.arange(200)[None] % 190 + 2
     return model_of("llama", torch.float32).generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new,
-        do_sample=False, prefill_chunk_size=chunk,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new,
+        do_sample=False,
+        prefill_chunk_size=chunk,
+    )
 
 
 @pytest.mark.parametrize("kind", ["error", "torn"])
@@ -66,9 +76,12 @@ def test_a_failed_write_is_never_read_back(cache: DualBladeCache) -> None:
 def test_a_hung_medium_is_an_error_in_time(tmp_path: Path) -> None:
     settings = CacheSettings.checked(mem_budget="8G", nvme="mem:64M", kv_path="direct", cache_dir=tmp_path)
     with DualBladeCache(
-        model_of("llama", torch.float32).config, max_tokens=TOKENS, batch_size=1, dtype=torch.float32,
+        model_of("llama", torch.float32).config,
+        max_tokens=TOKENS,
+        batch_size=1,
+        dtype=torch.float32,
         settings=replace(settings, timeout_s=0.5),
-    ) as cache:  # fmt: skip
+    ) as cache:
         cache.storage.paths[PathKind.DIRECT].queue.fault("hang", READ, skip=3)
         with pytest.raises(StorageError, match="no answer"):
             generate(cache)
@@ -77,9 +90,14 @@ def test_a_hung_medium_is_an_error_in_time(tmp_path: Path) -> None:
 def test_closing_leaves_no_file_and_no_thread(direct_dir: Path) -> None:
     files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     with DualBladeCache(
-        model_of("llama", torch.float32).config, mem_budget="8G", page_cache_budget="100K", max_tokens=TOKENS,
-        batch_size=1, dtype=torch.float32, cache_dir=direct_dir,
-    ) as cache:  # fmt: skip
+        model_of("llama", torch.float32).config,
+        mem_budget="8G",
+        page_cache_budget="100K",
+        max_tokens=TOKENS,
+        batch_size=1,
+        dtype=torch.float32,
+        cache_dir=direct_dir,
+    ) as cache:
         generate(cache)
         assert len(os.listdir("/proc/self/fd")) > files
         assert list(direct_dir.iterdir()) == []  # all of it is unlinked from the start
@@ -113,19 +131,21 @@ def test_rows_of_another_shape_are_refused(cache: DualBladeCache) -> None:
 def test_training_is_refused(tmp_path: Path) -> None:
     rows = torch.ones(1, 2, 4, 16, requires_grad=True)
     with (
-        DualBladeCache(model_of("llama", torch.float32).config, nvme="mem:64M", mem_budget="8G", cache_dir=tmp_path) as cache,
+        DualBladeCache(
+            model_of("llama", torch.float32).config, nvme="mem:64M", mem_budget="8G", cache_dir=tmp_path
+        ) as cache,
         pytest.raises(ConfigError, match="inference"),
-    ):  # fmt: skip
+    ):
         cache.update(rows, rows, 0)
 
 
 def test_beams_are_refused_in_one_line(tmp_path: Path) -> None:
     model = model_of("llama", torch.float32)
+    ids = torch.ones(1, 8, dtype=torch.long)
     with (
         DualBladeCache(model.config, nvme="mem:64M", mem_budget="8G", cache_dir=tmp_path) as cache,
         pytest.raises(DualBladeError, match="beam search"),
     ):
-        ids = torch.ones(1, 8, dtype=torch.long)
         model.generate(input_ids=ids, past_key_values=cache, num_beams=2, max_new_tokens=4)
 
 

@@ -56,7 +56,9 @@ def test_json_holds_what_the_contract_says(run) -> None:
         assert path["write_bytes"] > 0
         assert path["read_gib_s"] > 0
         assert path["engine"] == "uring"
-    assert sum(item["bytes"] for item in record["placements"]) == sum(path["bytes"] for path in paths.values())
+    assert sum(item["bytes"] for item in record["placements"]) == sum(
+        path["bytes"] for path in paths.values()
+    )
     assert all(item["reason"] for item in record["placements"])
     assert {"prefetch_depth", "chunk_bytes", "queue_depth", "stall_s"} <= record["pipeline"].keys()
 
@@ -76,9 +78,22 @@ def test_seeded_sampling_repeats_itself(run) -> None:
 
 def test_random_prompt_in_a_batch(run) -> None:
     record = record_of(
-        run("run", "--model", "tiny", "--prompt-len", "300", "--batch-size", "3", "--mem-budget", "2G",
-            "--max-new-tokens", "5", "--verify", "--json")
-    )  # fmt: skip
+        run(
+            "run",
+            "--model",
+            "tiny",
+            "--prompt-len",
+            "300",
+            "--batch-size",
+            "3",
+            "--mem-budget",
+            "2G",
+            "--max-new-tokens",
+            "5",
+            "--verify",
+            "--json",
+        )
+    )
     assert [len(row) for row in record["token_ids"]] == [5, 5, 5]
 
 
@@ -94,13 +109,30 @@ def test_text_goes_to_stdout_and_talk_to_stderr(run) -> None:
 def test_memory_stays_inside_the_budget(direct_dir: Path) -> None:
     """The peak of a process of its own, sampled every 100 ms from outside as well."""
     budget = 700 << 20
-    command = [*PROGRAM, "run", "--model", "tiny", "--prompt-len", "4000", "--mem-budget", "700M", "--batch-size", "4",
-               "--max-new-tokens", "60", "--cache-dir", str(direct_dir), "--json"]  # fmt: skip
+    command = [
+        *PROGRAM,
+        "run",
+        "--model",
+        "tiny",
+        "--prompt-len",
+        "4000",
+        "--mem-budget",
+        "700M",
+        "--batch-size",
+        "4",
+        "--max-new-tokens",
+        "60",
+        "--cache-dir",
+        str(direct_dir),
+        "--json",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         peak = 0
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
-            anon = sum(int(kb) for kb in re.findall(r"(?:RssAnon|RssShmem|VmSwap|HugetlbPages):\s+(\d+)", status))
+            anon = sum(
+                int(kb) for kb in re.findall(r"(?:RssAnon|RssShmem|VmSwap|HugetlbPages):\s+(\d+)", status)
+            )
             peak = max(peak, anon << 10)
             time.sleep(0.1)
         out, err = process.communicate()
@@ -114,7 +146,9 @@ def test_memory_stays_inside_the_budget(direct_dir: Path) -> None:
 def test_plan_touches_nothing_and_agrees_with_run(run, direct_dir: Path) -> None:
     context = len(SAMPLE.read_bytes()) + 24
     share = ["--page-cache-budget", "2M", "--json"]
-    planned = record_of(run("plan", "--model", "tiny", "--context", str(context), "--mem-budget", "2G", *share))
+    planned = record_of(
+        run("plan", "--model", "tiny", "--context", str(context), "--mem-budget", "2G", *share)
+    )
     assert list(direct_dir.iterdir()) == []
     done = record_of(run(*RUN, *share))
     assert planned["placements"] == done["placements"]
@@ -150,7 +184,9 @@ def test_a_budget_that_is_hinted_at_is_enough(run) -> None:
 
 @pytest.mark.parametrize("size", ["6", "6GB", "-1G", "", "G", "0M"])
 def test_odd_sizes(run, size: str) -> None:
-    refused(run("run", "--model", "tiny", "--prompt", "x", f"--mem-budget={size}"), 2, "is not a size", "hint:")
+    refused(
+        run("run", "--model", "tiny", "--prompt", "x", f"--mem-budget={size}"), 2, "is not a size", "hint:"
+    )
 
 
 def test_unknown_model(run) -> None:
@@ -162,7 +198,9 @@ def test_truncated_weights(run, tmp_path: Path) -> None:
     shutil.copytree(TINY, folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    refused(run("run", "--model", str(folder), "--prompt", "x", "--mem-budget", "2G"), 1, str(file), "cut short")
+    refused(
+        run("run", "--model", str(folder), "--prompt", "x", "--mem-budget", "2G"), 1, str(file), "cut short"
+    )
 
 
 def test_folder_without_weights(run, tmp_path: Path) -> None:
@@ -172,7 +210,9 @@ def test_folder_without_weights(run, tmp_path: Path) -> None:
 
 
 def test_context_beyond_the_model(run) -> None:
-    answer = run("run", "--model", "tiny", "--prompt-len", "8190", "--mem-budget", "2G", "--max-new-tokens", "50")
+    answer = run(
+        "run", "--model", "tiny", "--prompt-len", "8190", "--mem-budget", "2G", "--max-new-tokens", "50"
+    )
     refused(answer, 1, "8240", "8192")
 
 
@@ -211,8 +251,11 @@ def test_second_process_on_one_volume(run, direct_dir: Path) -> None:
         f"t = open_target({str(target)!r}, capacity=None, cache_dir=Path('.'))\n"
         "print('held', flush=True)\nsys.stdin.read()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline() == b"held\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == b"held\n"
         run("doctor", "--json")  # swallow what was printed so far
         refused(run(*RUN, "--nvme", str(target), "--kv-path", "direct"), 1, "in use", str(other.pid))
         other.communicate()
@@ -229,9 +272,28 @@ def test_a_volume_serves_one_run_after_the_other(run, direct_dir: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_nothing_behind(how: signal.Signals, direct_dir: Path) -> None:
     target, cache = direct_dir / "kv.img", direct_dir / "cache"
-    command = [*PROGRAM, "run", "--model", "tiny", "--prompt-len", "3000", "--mem-budget", "2G", "--batch-size", "4",
-               "--max-new-tokens", "4000", "--page-cache-budget", "8M", "--cache-dir", str(cache), "--nvme", str(target),
-               "--capacity", "512M"]  # fmt: skip
+    command = [
+        *PROGRAM,
+        "run",
+        "--model",
+        "tiny",
+        "--prompt-len",
+        "3000",
+        "--mem-budget",
+        "2G",
+        "--batch-size",
+        "4",
+        "--max-new-tokens",
+        "4000",
+        "--page-cache-budget",
+        "8M",
+        "--cache-dir",
+        str(cache),
+        "--nvme",
+        str(target),
+        "--capacity",
+        "512M",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not _decoding(process.pid) and time.monotonic() < deadline and process.poll() is None:
