@@ -31,9 +31,16 @@ class CpuDevice:
     def write_rows(self, rows: torch.Tensor, out: torch.Tensor, at: int) -> None:
         """New rows [batch, KV head, tokens, head_dim] to tokens [at, at + tokens) of `out`."""
         batch, heads, tokens, head_dim = rows.shape
-        out.view(batch, heads, -1, head_dim)[:, :, at : at + tokens].copy_(rows)
+        target = out.view(-1, heads, *out.shape[1:])[:batch]
+        target[:, :, at : at + tokens].copy_(rows)
 
-    def rows(self, view: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-        """The first `tokens` tokens as [batch, KV head, tokens, head_dim]; strided, no copy."""
-        runs, capacity, head_dim = view.shape
-        return view.view(batch, runs // batch, capacity, head_dim)[:, :, :tokens]
+    def rows(self, view: torch.Tensor, batch: int, heads: int, tokens: int) -> torch.Tensor:
+        """The first `tokens` tokens of the first `batch` sequences, [batch, KV head, tokens, head_dim];
+        strided, no copy."""
+        return view.view(-1, heads, *view.shape[1:])[:batch, :, :tokens]
+
+    def select(self, view: torch.Tensor, batch: int, chosen: torch.Tensor, tokens: int) -> None:
+        """Sequence b of `batch` becomes what sequence chosen[b] was, in place, a head at a time."""
+        rows = view.view(batch, -1, *view.shape[1:])[:, :, :tokens]
+        for head in range(rows.shape[1]):
+            rows[: len(chosen), head] = rows[:, head].index_select(0, chosen)

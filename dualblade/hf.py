@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dualblade.device import CpuDevice
 from dualblade.errors import ConfigError, DualBladeError, ModelError
+from dualblade.layers import kv_specs, layer_shapes
 from dualblade.offload import Offload
-from dualblade.planner import make_specs
 from dualblade.settings import CacheSettings
 from dualblade.tensors import TensorKey, TensorSpec
 
@@ -25,6 +25,7 @@ class OffloadedLayer(CacheLayerMixin):
     """One attention layer. What `update` returns is valid until another layer's update."""
 
     is_sliding = False
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self, cache: DualBladeCache, index: int):
@@ -36,6 +37,7 @@ class OffloadedLayer(CacheLayerMixin):
         self._cache.prepare(key_states)
         self.is_initialized = True
 
+    @torch.compiler.disable(reason="moving bytes between memory and a drive is nothing to trace")
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,20 +63,27 @@ class OffloadedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """All layers are reset together, by the cache."""
 
-    def _refuse(self, what: str) -> None:
-        raise DualBladeError(f"DualBladeCache cannot {what} in this version", "use greedy search or sampling")
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -tokens_to_remove tokens; a positive number is the length to keep, as in
+        transformers' older releases. Raises StorageError."""
+        length = self.get_seq_length()
+        keep = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
+        self._cache.crop_layer(self._index, max(0, min(keep, length)))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._refuse("reorder rows (beam search)")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self._refuse("drop its last tokens (assisted decoding)")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._refuse("repeat rows of the batch")
+        """Sequence b becomes what sequence beam_idx[b] was. Every row is read and written once more,
+        so beam search costs the drive a whole cache a step. Raises StorageError."""
+        self._cache.select_layer(self._index, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._refuse("select rows of the batch")
+        """Keep only these sequences, in this order. Raises StorageError, ConfigError."""
+        self._cache.select_layer(self._index, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Raises ConfigError: the rooms were taken for the batch as it was."""
+        raise ConfigError(
+            "DualBladeCache cannot grow its batch", "repeat the prompt's rows before the first forward pass"
+        )
 
 
 class DualBladeCache(Cache):
@@ -118,20 +127,22 @@ class DualBladeCache(Cache):
             activation_bytes=activation_bytes,
             prefetch_depth=prefetch_depth,
         )
-        text = config.get_text_config(decoder=True)
-        self._num_layers = _check_layers(text)
+        self.config = config
         self._max_tokens = max_tokens
         self._storage: Offload | None = None
         self._device: CpuDevice | None = None
         self.update_s = 0.0
-        super().__init__(layers=[OffloadedLayer(self, index) for index in range(self._num_layers)])
-        known = dtype or getattr(text, "dtype", None)
+        self._batch = 0
+        shapes = layer_shapes(config)
+        super().__init__(
+            layers=[
+                OffloadedLayer(self, shape.index) if shape.offloaded else shape.own_cache_layer()
+                for shape in shapes
+            ]
+        )
+        known = dtype or getattr(config.get_text_config(decoder=True), "dtype", None)
         if max_tokens and batch_size and isinstance(known, torch.dtype):
-            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            self._open(
-                make_specs(self._num_layers, batch_size, heads, head_dim, known.itemsize, max_tokens), known
-            )
+            self._open(kv_specs(config, batch_size, max_tokens, known.itemsize), known)
 
     # set-up ---------------------------------------------------------------------------------
 
@@ -143,14 +154,14 @@ class DualBladeCache(Cache):
             )
         if rows.requires_grad:
             raise ConfigError("DualBladeCache is for inference", "call the model under torch.no_grad()")
-        batch, heads, tokens, head_dim = rows.shape
+        batch, _, tokens, _ = rows.shape
         if self._storage is None:
             expected = self._max_tokens or max(FIRST_TOKENS, 2 * tokens)
-            specs = make_specs(self._num_layers, batch, heads, head_dim, rows.dtype.itemsize, expected)
-            self._open(specs, rows.dtype)
+            self._open(kv_specs(self.config, batch, expected, rows.dtype.itemsize), rows.dtype)
 
     def _open(self, specs: tuple[TensorSpec, ...], dtype: torch.dtype) -> None:
         self._device = CpuDevice(dtype)
+        self._batch = specs[0].batch
         self._storage = Offload(specs, self.settings, self._device, grows=not self._max_tokens)
 
     @property
@@ -173,11 +184,11 @@ class DualBladeCache(Cache):
         device.write_rows(rows, slot.view, before)
         store.append(key, slot, count)
         self.update_s += time.perf_counter() - begun
-        return device.rows(slot.view, rows.shape[0], before + count)
+        return device.rows(slot.view, rows.shape[0], rows.shape[1], before + count)
 
     def _check_rows(self, key: TensorKey, rows: torch.Tensor) -> None:
         spec = self.storage.store.tensors[key].spec
-        expected = (spec.batch, spec.heads, spec.head_dim)
+        expected = (self._batch, spec.heads, spec.head_dim)
         got = (rows.shape[0], rows.shape[1], rows.shape[3])
         if got != expected or (self._device and rows.dtype != self._device.dtype):
             raise ModelError(
@@ -189,10 +200,35 @@ class DualBladeCache(Cache):
     def tokens(self, layer: int) -> int:
         return self._storage.store.tokens(layer) if self._storage else 0
 
+    def crop_layer(self, layer: int, tokens: int) -> None:
+        """Keep the first `tokens` tokens of a layer. Raises StorageError."""
+        if self._storage:
+            for kind in ("K", "V"):
+                self._storage.store.crop(TensorKey(layer, kind), tokens)
+
+    def select_layer(self, layer: int, indices: torch.Tensor) -> None:
+        """Sequence b of a layer becomes what sequence indices[b] was. Raises StorageError, ConfigError."""
+        if self._storage is None or self._device is None:
+            return
+        chosen = torch.arange(self._batch)[indices.cpu()]
+        store, device = self._storage.store, self._device
+        spec = store.tensors[TensorKey(layer, "K")].spec
+        if len(chosen) > spec.batch:
+            raise ConfigError(f"the cache holds {spec.batch} sequences, and {len(chosen)} were chosen")
+        for kind in ("K", "V"):
+            store.rewrite(
+                TensorKey(layer, kind),
+                lambda view, tokens: device.select(view, spec.batch, chosen, tokens),
+            )
+        if layer == max(key.layer for key in store.tensors):
+            self._batch = len(chosen)
+
     def reset(self) -> None:
         """Forget every token; the rooms are kept for the next prompt of the same batch."""
         if self._storage:
             self._storage.store.reset()
+            self._batch = self._storage.plan.specs[0].batch
+        super().reset()
 
     def report(self) -> dict[str, Any]:
         """The parts "memory", "paths", "placements" and "pipeline" of `run --json`."""
@@ -209,15 +245,3 @@ class DualBladeCache(Cache):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _check_layers(config: PreTrainedConfig) -> int:
-    """Number of layers. Raises ModelError for attention that keeps something else than all rows."""
-    types, _ = get_layer_types_and_kwargs(config)
-    other = sorted({name for name in types if name != "full_attention"})
-    if other:
-        raise ModelError(
-            f"this model has layers of type {', '.join(other)}; this version offloads full attention only",
-            "use a model with full attention in every layer, such as Llama, OPT or Qwen2",
-        )
-    return len(types)

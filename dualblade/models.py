@@ -1,47 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model is meant, what it weighs, and loading it."""
+"""A model without its weights: what it is made of, and what it takes."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from dualblade.attention import implementation
 from dualblade.errors import ConfigError, ModelError, UsageError
 from dualblade.planner import make_specs
 from dualblade.tensors import TensorSpec
+from dualblade.units import MIB
 
-TINY = Path(__file__).parent / "data" / "tiny"
-ALIASES = {
-    "tiny": str(TINY),
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
-    "opt-125m": "facebook/opt-125m",
-    "opt-1.3b": "facebook/opt-1.3b",
-    "opt-6.7b": "facebook/opt-6.7b",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRef:
-    """name: as the user wrote it. source: a folder or a hub id."""
-
-    name: str
-    source: str
-
-    @property
-    def folder(self) -> Path | None:
-        path = Path(self.source)
-        return path if path.is_dir() else None
 
 
 def quiet_libraries() -> None:
@@ -50,66 +29,96 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def resolve(name: str) -> ModelRef:
-    """Raises ModelError for what is neither an alias, nor a folder, nor a hub id."""
-    if name in ALIASES:
-        return ModelRef(name, ALIASES[name])
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return ModelRef(name, str(path))
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return ModelRef(name, name)
-    raise ModelError(
-        f"unknown model {name!r}: no alias, no folder and no hub id",
-        f"aliases: {', '.join(ALIASES)}; or pass a local folder, or a hub id such as facebook/opt-125m",
-    )
+# an empty model -----------------------------------------------------------------------------
 
 
-def load_config(ref: ModelRef) -> PreTrainedConfig:
-    return _load(ref, lambda: AutoConfig.from_pretrained(ref.source))
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter and every (module, name) that holds it: tied weights have several."""
+
+    names: tuple[str, ...]
+    places: tuple[tuple[nn.Module, str], ...]
+    empty: torch.Tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Give the model its values."""
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for module, name in self.places:
+            setattr(module, name, parameter)
 
 
-def load_tokenizer(ref: ModelRef) -> Any:
-    tokenizer = _load(ref, lambda: AutoTokenizer.from_pretrained(ref.source, padding_side="left"))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(ref: ModelRef, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Raises ModelError naming the file that is damaged or what is missing."""
-    model = _load(
-        ref,
-        lambda: AutoModelForCausalLM.from_pretrained(ref.source, dtype=dtype, attn_implementation=attention),
-    )
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str = "sdpa", shared: bool = False
+) -> PreTrainedModel:
+    """The model with parameters that take no memory; buffers hold their values. shared: all decoder
+    layers have the parameters of one. Raises ModelError for what is no decoder-only language model."""
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=implementation(attention)
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"a model of type {config.model_type!r} cannot be built: {str(error).splitlines()[0]}",
+            "use a decoder-only language model, such as Llama, OPT or Qwen",
+        ) from error
+    model.tie_weights()
+    if shared:
+        _share_layers(model)
     return model.eval()
 
 
-def check_weights(folder: Path) -> None:
-    """Every safetensors file is as long as its own header says. Raises ModelError."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds no .safetensors file", "pass a folder made by save_pretrained()")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} is damaged or cut short: {error}", "copy or download it again"
-            ) from error
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """torch.device("meta") would take the buffers too, and nothing computes those anew."""
+    register = nn.Module.register_parameter
 
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
 
-def _load(ref: ModelRef, loader: Any) -> Any:
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
-        return loader()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "read from its folder" if ref.folder else "loaded from the hub or its local copy"
-        raise ModelError(
-            f"model {ref.name!r} cannot be {what}: {first}",
-            "pass a local folder made by save_pretrained(); `--model tiny` needs no network",
-        ) from error
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Raises ModelError where there is no list of as many layers as the configuration says."""
+    count = text_config(model.config).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+def _share_layers(model: PreTrainedModel) -> None:
+    """Layers of another kind (of other shapes) keep one of their own kind."""
+    first: dict[tuple[str, torch.Size], nn.Parameter] = {}
+    for layer in decoder_layers(model):
+        for name, parameter in list(layer.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            setattr(layer.get_submodule(owner), last, first.setdefault((name, parameter.shape), parameter))
+
+
+def weights_of(model: nn.Module) -> list[Weight]:
+    """Every parameter once."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = parameter
+    return [
+        Weight(tuple(names[key]), tuple(_place(model, name) for name in names[key]), tensors[key])
+        for key in names
+    ]
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, last = name.rpartition(".")
+    return model.get_submodule(owner), last
 
 
 # sizes --------------------------------------------------------------------------------------
@@ -131,12 +140,17 @@ def pick_dtype(config: PreTrainedConfig, name: str | None) -> torch.dtype:
 
 def check_context(config: PreTrainedConfig, tokens: int) -> None:
     """Raises ConfigError where the model has no positions for so many tokens."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
+    limit = context_limit(config)
     if limit and tokens > limit:
         raise ConfigError(
             f"prompt and new tokens are {tokens} together, and this model ends at {limit}",
             "shorten the prompt or lower --max-new-tokens",
         )
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """Positions the model has, if it has an end."""
+    return getattr(text_config(config), "max_position_embeddings", None)
 
 
 def kv_specs(config: PreTrainedConfig, batch: int, tokens: int, itemsize: int) -> tuple[TensorSpec, ...]:
@@ -147,20 +161,25 @@ def kv_specs(config: PreTrainedConfig, batch: int, tokens: int, itemsize: int) -
     return make_specs(text.num_hidden_layers, batch, heads, head_dim, itemsize, tokens)
 
 
-def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights, from shapes alone: nothing is allocated."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, shared: bool = False) -> int:
+    """Bytes of all weights, from shapes alone; `shared`: of those that dummy weights really take."""
+    model = empty_model(config, dtype, shared=shared)
+    return sum(weight.empty.numel() * weight.empty.element_size() for weight in weights_of(model))
 
 
-def activation_bytes(config: PreTrainedConfig, batch: int, chunk: int, context: int, itemsize: int) -> int:
+def last_position_only(model_type: type) -> dict[str, int]:
+    """What to pass to a forward pass for the logits of the last position alone; nothing where the
+    model cannot leave the others out."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model_type.forward).parameters else {}  # type: ignore[attr-defined]
+
+
+def activation_bytes(
+    config: PreTrainedConfig, batch: int, chunk: int, context: int, itemsize: int, attention: str = "sdpa"
+) -> int:
     """An upper estimate of what one forward pass holds beside weights and KV, in bytes.
 
-    The widest moments of a pre-norm decoder: the MLP's inner rows, or attention with its mask and
-    with K and V repeated for every query head (what scaled_dot_product_attention is given
-    when there is a mask); and the logits of the last position.
+    The widest moments of a pre-norm decoder: the MLP's inner rows, or attention with its mask;
+    `eager` also has K and V repeated for every query head, and the scores. And the logits.
     """
     text = text_config(config)
     hidden, heads = text.hidden_size, text.num_attention_heads
@@ -168,7 +187,9 @@ def activation_bytes(config: PreTrainedConfig, batch: int, chunk: int, context: 
     inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
     rows = batch * chunk
     mlp = rows * (4 * hidden + 3 * inner) * itemsize
-    repeated = 2 * batch * heads * head_dim * context * itemsize
-    attention = rows * (4 * hidden + 2 * heads * head_dim) * itemsize + repeated + rows * context * 5
+    attending = rows * (4 * hidden + 2 * heads * head_dim) * itemsize + rows * context * 5
+    if attention == "eager":
+        attending += 2 * batch * heads * head_dim * context * itemsize
+        attending += rows * heads * context * (2 * itemsize + 4)
     logits = batch * text.vocab_size * (itemsize + 8)
-    return max(mlp, attention) + logits + 32 * 1024 * 1024
+    return max(mlp, attending) + logits + 32 * MIB

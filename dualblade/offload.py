@@ -136,6 +136,8 @@ class Offload:
             if stats.read_busy_s:
                 record["read_gib_s"] = stats.read_bytes / GIB / stats.read_busy_s
             record |= {"engine": path.queue.engine, "target": path.target}
+            if path.queue.reason:
+                record["reason"] = path.queue.reason
         if kind is PathKind.DIRECT and self.note:
             record["note"] = self.note
         return record

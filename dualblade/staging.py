@@ -74,12 +74,11 @@ class SlotPool:
             self._finish(self._draining.popleft())
 
     def _finish(self, slot: Slot) -> None:
-        try:
-            for ticket in self._pending(slot):
-                ticket.wait()
-        finally:
-            slot.fills, slot.drains = [], []
-            self._free.append(slot)
+        """A slot with a failed transfer never comes back: others of it may still be under way."""
+        for ticket in self._pending(slot):
+            ticket.wait()
+        slot.fills, slot.drains = [], []
+        self._free.append(slot)
 
     @staticmethod
     def _pending(slot: Slot) -> list[Ticket]:

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dualblade.errors import ConfigError, DualBladeError
+from dualblade.errors import ConfigError, DualBladeError, StorageError
 from dualblade.layout import Layout
 from dualblade.paths.base import Room, StoragePath, Ticket
 from dualblade.pipeline import layers_ahead
 from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import MIB
-from spdk_glue import READ, WRITE, Piece, Region
+from spdk_glue import READ, WRITE, Piece, Region, plain
 
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
@@ -49,6 +50,7 @@ class Tensor:
     spec: TensorSpec
     layout: Layout
     tail: Any
+    tail_offset: int
     tokens: int = 0
     segments: list[Segment] = field(default_factory=list)
     writes: list[Ticket] = field(default_factory=list)
@@ -69,7 +71,8 @@ class KVStore:
 
     `load(key, room)` gives the slot that holds all rows of a tensor, with place for `room` more;
     `append(key, slot, count)` takes rows that were written to the slot behind them. One layer's
-    slots stay valid until another layer is loaded. After an error nothing is served any more.
+    slots stay valid until another layer is loaded, or one of its tensors outgrows them. After an
+    error, or an interrupt half-way, nothing is served any more.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class KVStore:
         for spec in specs:
             layout = layouts[spec.key]
             tail = self.device.open(region, offset, spec.runs, layout.block_tokens, spec.head_dim)
-            tensors[spec.key] = Tensor(spec, layout, tail)
+            tensors[spec.key] = Tensor(spec, layout, tail, offset)
             offset += layout.block_bytes
         return region, tensors
 
@@ -136,20 +139,31 @@ class KVStore:
 
         Raises StorageError; from then on every call raises the same.
         """
-        self._check()
-        try:
-            self._enter_layer(key.layer, self.tensors[key].tokens + extra)
+        tensor = self.tensors[key]
+        with self._failing():
+            self._enter_layer(key.layer, tensor.tokens + extra)
             slot = self._in_use[key]
-            self._await(self.tensors[key], slot)
-            self._restore_tail(self.tensors[key], slot)
-            return slot
+            self._await(tensor, slot)
+            self._restore_tail(tensor, slot)
+        return slot
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever fails here fails the store for good: what it holds may be incomplete."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            yield
         except DualBladeError as error:
             self.failure = error
             raise
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
+        except OSError as error:
+            self.failure = StorageError(f"the KV cache cannot go on: {error}", errno=error.errno or 5)
+            raise self.failure from error
+        except BaseException as error:
+            reason = f"the KV cache was left half-way by {type(error).__name__}"
+            self.failure = StorageError(reason, "make a new cache")
+            raise
 
     def _enter_layer(self, layer: int, tokens: int) -> None:
         """Let the last layer's slots go, and start what this layer and the next ones need."""
@@ -171,6 +185,11 @@ class KVStore:
             self.pool.give_back(slot)
         self._in_use.clear()
         self._layer = None
+
+    def _drop_prefetched(self) -> None:
+        for slot in self._fetched.values():
+            self.pool.give_back(slot)
+        self._fetched.clear()
 
     def prefetch(self, layer: int) -> None:
         """Start reading the layers after `layer` into the slots that are free."""
@@ -237,10 +256,14 @@ class KVStore:
             ticket.wait()
         slot.fills = []
         if tensor.full:
-            for ticket in tensor.writes:
-                ticket.wait()
-            tensor.writes = []
+            self._await_writes(tensor)
         self.stall_s += time.perf_counter() - begun
+
+    @staticmethod
+    def _await_writes(tensor: Tensor) -> None:
+        for ticket in tensor.writes:
+            ticket.wait()
+        tensor.writes = []
 
     def _restore_tail(self, tensor: Tensor, slot: Slot) -> None:
         begin = tensor.full * tensor.layout.block_tokens
@@ -252,20 +275,21 @@ class KVStore:
     def append(self, key: TensorKey, slot: Slot, count: int) -> None:
         """`count` new tokens are in the slot behind the old ones. Whole blocks are written behind
         the caller's back; the rest stays in memory. Raises StorageError, CapacityError."""
-        self._check()
         tensor = self.tensors[key]
-        old = tensor.full
-        tensor.tokens += count
-        try:
+        if self._in_use.get(key) is not slot or tensor.tokens + count > self.capacity:
+            raise ValueError(f"{slot} was not loaded for {key} and {count} more tokens")
+        with self._failing():
+            old = tensor.full
+            tensor.tokens += count
             if tensor.full > old:
                 self._make_room(tensor)
-                tickets = self._transfers(WRITE, tensor, slot, old, tensor.full)
-                slot.drains += tickets
-                tensor.writes = [ticket for ticket in tensor.writes if not ticket.done()] + tickets
-        except DualBladeError as error:
-            self.failure = error
-            raise
-        self._keep_tail(tensor, slot, count)
+                self._write(tensor, slot, old, tensor.full)
+            self._keep_tail(tensor, slot, count)
+
+    def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
+        tickets = self._transfers(WRITE, tensor, slot, first, end)
+        slot.drains += tickets
+        tensor.writes += tickets
 
     def _keep_tail(self, tensor: Tensor, slot: Slot, count: int) -> None:
         block = tensor.full * tensor.layout.block_tokens
@@ -287,14 +311,47 @@ class KVStore:
 
     def _grow_pool(self, tokens: int) -> None:
         """Slots for a longer context than was foreseen. Nothing is in use at this point."""
-        for slot in self._fetched.values():
-            self.pool.give_back(slot)
-        self._fetched.clear()
+        self._drop_prefetched()
         self.pool.drain()
         for path in self.paths.values():
             path.queue.unregister(self.pool.region)
         self.pool.region.close()
         self._make_pool(max(tokens, 2 * self.capacity))
+
+    # change ---------------------------------------------------------------------------------
+
+    def crop(self, key: TensorKey, tokens: int) -> None:
+        """Keep the first `tokens` tokens. A block that becomes unfinished comes back to memory.
+
+        Raises StorageError.
+        """
+        tensor = self.tensors[key]
+        full = tensor.layout.full_blocks(tokens)
+        with self._failing():
+            if full < tensor.full and tokens % tensor.layout.block_tokens:
+                self._await_writes(tensor)
+                self._read_tail(tensor, full)
+            tensor.tokens = tokens
+
+    def _read_tail(self, tensor: Tensor, block: int) -> None:
+        """A tail has the medium's own layout, so one plain read brings a block back."""
+        layout = tensor.layout
+        segment = next(part for part in tensor.segments if part.first <= block < part.first + part.blocks)
+        room = segment.room
+        offset = room.offset + (block - segment.first) * layout.block_bytes
+        piece = plain(offset, self._tails.address + tensor.tail_offset, layout.block_bytes, room.file)
+        self.paths[room.path].transfer(READ, tensor.spec.key, [piece]).wait()
+
+    def rewrite(self, key: TensorKey, change: Callable[[Any, int], None]) -> None:
+        """Let `change(view, tokens)` alter the rows of a tensor in place. Raises StorageError."""
+        tensor = self.tensors[key]
+        if not tensor.tokens:
+            return
+        slot = self.load(key)
+        with self._failing():
+            change(slot.view, tensor.tokens)
+            self._write(tensor, slot, 0, tensor.full)
+            self._keep_tail(tensor, slot, tensor.tokens)
 
     # state ----------------------------------------------------------------------------------
 
@@ -315,15 +372,13 @@ class KVStore:
 
     def flush(self) -> None:
         """Wait for everything under way. Raises StorageError."""
-        self._leave_layer()
-        for slot in self._fetched.values():
-            self.pool.give_back(slot)
-        self._fetched.clear()
-        self.pool.drain()
+        with self._failing():
+            self._leave_layer()
+            self._drop_prefetched()
+            self.pool.drain()
 
     def reset(self) -> None:
-        """Forget every row; the rooms stay, to be written anew."""
-        self._check()
+        """Forget every row; the rooms stay, to be written anew. Raises StorageError."""
         self.flush()
         for tensor in self.tensors.values():
             tensor.tokens = 0

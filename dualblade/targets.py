@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from dualblade.target_files import (
 )
 from dualblade.units import parse_size
 from dualblade.volume import TIMEOUT, Volume
-from spdk_glue import GlueError, NotBuiltError, Queue, QueueOptions
+from spdk_glue import GlueError, Queue, QueueOptions
 
 _PCI = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([0-1][0-9a-f])\.([0-7])(?:\s+ns:(\d+))?", re.IGNORECASE)
 _PASSTHROUGH = re.compile(r"/dev/ng\d+n\d+")
@@ -139,7 +138,8 @@ class OpenTarget:
 
     capacity: bytes, whole LBAs. created: made by this call, so nothing on it is anybody's.
     exclusive: it vanishes with this process. note: why the place may be slow, or None.
-    filesystem: its name, "block device" or "memory". given_up: transfers that close() gave up; the
+    filesystem: its name, "block device" or "memory". reason: why its engine is not io_uring, or None.
+    given_up: transfers that close() gave up; the
     medium may still write to their memory, so keep it.
     """
 
@@ -157,6 +157,10 @@ class OpenTarget:
     @property
     def engine(self) -> str:
         return self.queue.engine
+
+    @property
+    def reason(self) -> str | None:
+        return self.queue.reason
 
     def edges(self) -> bytes:
         """The first and the last MiB, as they are now. Raises TargetError."""
@@ -261,16 +265,8 @@ def _open_queue(name: str, make: Callable[[], Queue]) -> Queue:
     """Raises TargetError."""
     try:
         return make()
-    except NotBuiltError as error:
-        raise TargetError(
-            f"{name}: this build has no io_uring", "apt-get install liburing-dev, then rebuild"
-        ) from error
     except GlueError as error:
-        blocked = error.errno in (errno.EPERM, errno.ENOSYS)
-        hint = (
-            "io_uring is switched off here: see sysctl kernel.io_uring_disabled, or the container's seccomp"
-        )
-        raise TargetError(f"{name}: {error.strerror}", hint if blocked else None) from error
+        raise TargetError(f"{name}: {error.strerror}") from error
 
 
 def open_volume(target: OpenTarget, timeout: float = TIMEOUT) -> Volume:

@@ -16,7 +16,7 @@ from pathlib import Path
 from cffi import FFI
 
 CSRC = Path(__file__).parent / "csrc"
-COMMON = ["queue.c", "io_thread.c", "memory.c", "engine_mem.c", "engine_null.c"]
+COMMON = ["queue.c", "io_thread.c", "memory.c", "engine_posix.c", "engine_mem.c", "engine_null.c"]
 
 
 def pkg_config(package: str, flag: str) -> list[str] | None:

@@ -51,6 +51,21 @@ class TransferTimeout(GlueError, TimeoutError):
     """The medium did not answer in time; the transfer may still be under way."""
 
 
+_NO_URING = {
+    errno.EPERM: "io_uring is forbidden here (EPERM): seccomp profile or kernel.io_uring_disabled",
+    errno.EACCES: "io_uring is forbidden here (EACCES): security module",
+    errno.ENOSYS: "the kernel has no io_uring (ENOSYS): seccomp profile, or Linux before 5.1",
+    errno.ENOMEM: "io_uring may not lock memory (ENOMEM): RLIMIT_MEMLOCK, on Linux before 5.12",
+}
+
+
+def why_no_uring(error: NotBuiltError | OSError) -> str | None:
+    """`error` came of opening an io_uring. None where it says nothing against io_uring itself."""
+    if isinstance(error, NotBuiltError):
+        return "this build has no io_uring: liburing was not found"
+    return _NO_URING.get(error.errno or 0)
+
+
 def check(result: int, doing: str) -> int:
     """`result` unless it is -errno, which is raised as GlueError."""
     if result < 0:

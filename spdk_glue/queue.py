@@ -8,13 +8,22 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from spdk_glue._ffi import ffi, lib
-from spdk_glue.errors import Completion, GlueError, NotBuiltError, TransferError, TransferTimeout, check
+from spdk_glue.errors import (
+    Completion,
+    GlueError,
+    NotBuiltError,
+    TransferError,
+    TransferTimeout,
+    check,
+    why_no_uring,
+)
 from spdk_glue.memory import Region
 
 READ, WRITE, FLUSH = 0, 1, 2
+FileEngine = Literal["auto", "uring", "posix"]
 _REGISTER, _UNREGISTER = 3, 4
 _REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
 _FAULTS = {"error": 0, "torn": 1, "hang": 2}
@@ -52,7 +61,7 @@ def plain(offset: int, address: int, nbytes: int, file: int = 0) -> Piece:
 @dataclass(frozen=True, slots=True)
 class QueueOptions:
     """queue_depth: commands in flight. command_bytes: larger transfers are split at this size.
-    max_transfers: transfers accepted and not yet reaped. workers: hand commands to kernel worker
+    max_transfers: transfers accepted and not yet reaped. workers: hand commands to a few worker
     threads at once, which copies from a buffered file in parallel."""
 
     queue_depth: int = 32
@@ -85,42 +94,75 @@ class QueueStats:
     registered_bytes: int
 
 
+class _Close:
+    """Closes a queue that was forgotten, in the process that opened it alone."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    def __call__(self, queue: Any) -> None:
+        if os.getpid() == self._pid:
+            lib.glue_queue_close(queue)
+
+
 class Queue:
     """Submit transfers, wait for them. One thread at a time may use a queue.
 
     A transfer starts after every earlier one that touches the same bytes, unless both read, so a
     read that follows a write sees what was written.
+
+    reason: why `engine` is not the faster one that would otherwise be used, or None.
     """
 
-    def __init__(self, c_options: tuple[Any, ...], engine: str, options: QueueOptions):
+    def __init__(
+        self, c_options: tuple[Any, ...], engine: str, options: QueueOptions, reason: str | None = None
+    ):
         self.engine = engine
         self.options = options
+        self.reason = reason
         self._pid = os.getpid()
         self._keep = c_options
+        self._num_files = int(c_options[0].num_files)
         self._next_tag = 1
         self._waiting: set[int] = set()
         self._done: dict[int, Completion] = {}
+        self._registered: dict[int, memoryview] = {}
         self._batch = ffi.new("glue_completion[]", _BATCH)
+        self._queue: Any = None
         error = ffi.new("int *")
-        self._queue = lib.glue_queue_open(c_options[0], error)
-        if self._queue == ffi.NULL:
-            self._queue = None
+        queue = lib.glue_queue_open(c_options[0], error)
         if error[0] == -errno.ENOTSUP:
             raise NotBuiltError(f"this build has no engine {engine!r} (it has: {', '.join(engines())})")
         check(error[0], f"open the {engine} engine")
+        self._queue = ffi.gc(queue, _Close())
 
     # open -----------------------------------------------------------------------------------
 
     @classmethod
-    def files(cls, fds: Sequence[int], options: QueueOptions = QueueOptions()) -> Queue:  # noqa: B008
-        """io_uring on open files, which stay the caller's. Raises NotBuiltError, GlueError."""
-        c_fds = ffi.new("int[]", list(fds))
-        c_options = _c_options("uring", options, fds=c_fds, num_files=len(fds), flags=2 if options.workers else 0)
-        return cls(c_options, "uring", options)
+    def files(
+        cls,
+        fds: Sequence[int],
+        options: QueueOptions = QueueOptions(),
+        engine: FileEngine = "auto",
+    ) -> Queue:
+        """Open files, which stay the caller's. engine: "auto" is io_uring, or threads ("posix") where
+        there is none; `reason` then says why. Raises NotBuiltError, GlueError."""
+        if engine != "auto":
+            return cls(_file_options(engine, fds, options), engine, options)
+        try:
+            return cls(_file_options("uring", fds, options), "uring", options)
+        except (NotBuiltError, GlueError) as error:
+            reason = why_no_uring(error)
+            if reason is None:
+                raise
+        return cls(_file_options("posix", fds, options), "posix", options, reason)
 
     @classmethod
     def memory(
-        cls, capacity: int, options: QueueOptions = QueueOptions(), script: MemOptions = MemOptions()  # noqa: B008
+        cls,
+        capacity: int,
+        options: QueueOptions = QueueOptions(),
+        script: MemOptions = MemOptions(),
     ) -> Queue:
         """A medium of `capacity` bytes in RAM, with a scripted speed and faults."""
         c_options = _c_options(
@@ -131,7 +173,7 @@ class Queue:
         return cls(c_options, "mem", options)
 
     @classmethod
-    def null(cls, options: QueueOptions = QueueOptions()) -> Queue:  # noqa: B008
+    def null(cls, options: QueueOptions = QueueOptions()) -> Queue:
         """Completes at once and moves nothing."""
         return cls(_c_options("null", options, num_files=1), "null", options)
 
@@ -152,7 +194,9 @@ class Queue:
         deadline = time.monotonic() + timeout
         while (tag := self.try_submit(op, pieces)) is None:
             if not self._reap(1, min(_SLICE_S, deadline - time.monotonic())) and time.monotonic() >= deadline:
-                raise TransferTimeout(errno.ETIMEDOUT, f"the {self.engine} queue stayed full for {timeout:g} s")
+                raise TransferTimeout(
+                    errno.ETIMEDOUT, f"the {self.engine} queue stayed full for {timeout:g} s"
+                )
         return tag
 
     # reap -----------------------------------------------------------------------------------
@@ -168,11 +212,16 @@ class Queue:
 
     def wait(self, tag: int, timeout: float = 60.0) -> Completion:
         """The transfer's record, once. Raises TransferError, TransferTimeout, GlueError."""
+        self._open()
+        if tag not in self._waiting:
+            raise GlueError(errno.EINVAL, f"no transfer {tag} is under way")
         deadline = time.monotonic() + timeout
         while tag not in self._done:
             # In slices, so that Ctrl-C is heard while the medium is silent.
             if not self._reap(1, min(_SLICE_S, deadline - time.monotonic())) and time.monotonic() >= deadline:
-                raise TransferTimeout(errno.ETIMEDOUT, f"no answer from the {self.engine} engine for {timeout:g} s")
+                raise TransferTimeout(
+                    errno.ETIMEDOUT, f"no answer from the {self.engine} engine for {timeout:g} s"
+                )
         self._waiting.discard(tag)
         completion = self._done.pop(tag)
         if completion.result < 0:
@@ -183,9 +232,9 @@ class Queue:
         """submit() and wait()."""
         return self.wait(self.submit(op, pieces, timeout), timeout)
 
-    def flush(self, timeout: float = 60.0, files: Sequence[int] = (0,)) -> None:
-        """Make every write submitted before this call durable."""
-        self.run(FLUSH, [plain(0, 0, 0, file) for file in files], timeout)
+    def flush(self, timeout: float = 60.0) -> None:
+        """Make every write submitted before this call durable, in every file."""
+        self.run(FLUSH, [plain(0, 0, 0, file) for file in range(self._num_files)], timeout)
 
     def _reap(self, least: int, timeout: float) -> int:
         count = check(
@@ -201,7 +250,10 @@ class Queue:
     # memory, state --------------------------------------------------------------------------
 
     def register(self, region: Region) -> int:
-        """Bytes of the region that the engine could register; the rest works unregistered."""
+        """Bytes of the region that the engine could register; the rest works unregistered. The memory
+        stays until it is unregistered or the queue is closed, also when the region is closed."""
+        # Other memory at the same address would be taken for it.
+        self._registered[region.address] = region.buffer()
         registered = 0
         for at in range(0, region.size, _REGISTER_BYTES):
             size = min(_REGISTER_BYTES, region.size - at)
@@ -211,6 +263,7 @@ class Queue:
     def unregister(self, region: Region) -> None:
         for at in range(0, region.size, _REGISTER_BYTES):
             self.run(_UNREGISTER, [plain(0, region.address + at, 1)])
+        self._registered.pop(region.address, None)
 
     def fault(
         self, kind: str, op: int, lo: int = 0, hi: int = 1 << 62, skip: int = 0, count: int = 1,
@@ -244,7 +297,12 @@ class Queue:
     def close(self) -> int:
         """Transfers given up: the medium may still write to their memory, so keep it."""
         queue, self._queue = self._queue, None
-        return lib.glue_queue_close(queue) if queue is not None and os.getpid() == self._pid else 0
+        if queue is None or os.getpid() != self._pid:
+            return 0
+        ffi.gc(queue, None)
+        given_up = int(lib.glue_queue_close(queue))
+        self._registered.clear()
+        return given_up
 
     def __enter__(self) -> Queue:
         return self
@@ -253,13 +311,20 @@ class Queue:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"depth {self.options.queue_depth}, {len(self._waiting)} under way"
+        state = (
+            "closed" if self.closed else f"depth {self.options.queue_depth}, {len(self._waiting)} under way"
+        )
         return f"<Queue {self.engine}, {state}>"
 
 
 def engines() -> list[str]:
     """The engines of this build."""
     return ffi.string(lib.glue_engines()).decode().split()
+
+
+def _file_options(kind: str, fds: Sequence[int], options: QueueOptions) -> tuple[Any, ...]:
+    c_fds = ffi.new("int[]", list(fds))
+    return _c_options(kind, options, fds=c_fds, num_files=len(fds), flags=2 if options.workers else 0)
 
 
 def _c_options(kind: str, options: QueueOptions, **fields: Any) -> tuple[Any, ...]:

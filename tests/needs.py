@@ -44,7 +44,7 @@ def _uring() -> str | None:
         return "this build has no uring engine (liburing was not found)"
     with tempfile.TemporaryFile() as file:
         try:
-            spdk_glue.Queue.files([file.fileno()]).close()
+            spdk_glue.Queue.files([file.fileno()], engine="uring").close()
         except OSError as error:
             return f"the kernel refuses a ring ({error})"
     return None

@@ -45,16 +45,25 @@ class IoBench:
 
 def run_io_bench(bench: IoBench, say: Callable[[str], None]) -> dict[str, Any]:
     """The record of `bench io --json`: medians in GiB/s, ratios, and every single round."""
-    with _random_file(bench, say) as (file, fd), Queue.files([fd], bench.options) as queue:
+    with (
+        _random_file(bench, say) as (file, fd),
+        Queue.files([fd], bench.options) as queue,
+        Queue.files([fd], bench.options, engine="posix") as posix,
+    ):
         with Region(TENSOR_BYTES) as region:
             _touch(region)
             registered = queue.register(region)
-            rounds = [_one_round(bench, file, queue, region, say, number) for number in range(bench.rounds)]
+            rounds = []
+            for number in range(bench.rounds):
+                say(f"round {number + 1} of {bench.rounds}")
+                rounds.append(_one_round(bench, file, queue, posix, region))
             queue.unregister(region)
-        stats = queue.stats()
+        stats, engine, reason = queue.stats(), queue.engine, queue.reason
     rounds = [made | {"page_cache": cached} for made, cached in zip(rounds, _page_cache(bench), strict=True)]
     record = {
         "target": str(bench.folder),
+        "engine": engine,
+        "reason": reason,
         "size_bytes": bench.size,
         "queue_depth": bench.queue_depth,
         "command_bytes": bench.command_bytes,
@@ -92,12 +101,10 @@ def _random_file(bench: IoBench, say: Callable[[str], None]) -> Iterator[tuple[P
         os.unlink(name)
 
 
-def _one_round(
-    bench: IoBench, file: Path, queue: Queue, region: Region, say: Callable[[str], None], number: int
-) -> dict[str, float]:
-    say(f"round {number + 1} of {bench.rounds}")
+def _one_round(bench: IoBench, file: Path, queue: Queue, posix: Queue, region: Region) -> dict[str, float]:
     speeds = {
         "engine_read": _engine(bench, queue, region, READ),
+        "posix_read": _engine(bench, posix, region, READ),
         "tensor_engine": _engine(bench, queue, region, READ, ahead=1),
         "tensor_store": _store(bench, queue),
     }
@@ -173,6 +180,7 @@ def _summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
         "read_vs_fio": ("engine_read", "fio_read"),
         "write_vs_fio": ("engine_write", "fio_write"),
         "store_vs_engine": ("tensor_store", "tensor_engine"),
+        "posix_vs_engine": ("posix_read", "engine_read"),
     }
     ratios = {
         name: statistics.median(r[ours] / r[other] for r in rounds)

@@ -59,6 +59,7 @@ def _show(record: dict[str, Any]) -> None:
     names = {
         "engine_read": "sequential read",
         "fio_read": "  fio, the same",
+        "posix_read": "  posix threads, the same",
         "engine_write": "sequential write",
         "fio_write": "  fio, the same",
         "tensor_engine": "128 MiB at a time, engine",
@@ -71,6 +72,7 @@ def _show(record: dict[str, Any]) -> None:
         if name + "_gib_s" in record
     ]
     table(("measured", "GiB/s (median)"), rows)
+    click.echo(f"engine: {record['engine']}" + (f", because {record['reason']}" if record["reason"] else ""))
     ratios, software = record["ratios"], record["software"]
     for name, value in ratios.items():
         click.echo(f"{name.replace('_', ' ')}: {value:.3f}")

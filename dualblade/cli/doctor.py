@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +35,7 @@ def examine(cache_dir: Path) -> list[checks.Check]:
     engines, problem = built_engines()
     found = [checks.python_version(), checks.c_engine(engines, problem, rebuild_command())]
     if "uring" in engines:
-        found.append(checks.io_uring(try_ring()))
+        found.append(checks.io_uring(*try_ring()))
     found += [checks.memlock(), checks.cache_folder(cache_dir)]
     if found[-1].state == checks.OK:
         found += [look(cache_dir) for look in (checks.filesystem, checks.direct_io, checks.free_space)]
@@ -57,16 +56,16 @@ def rebuild_command() -> str:
     return "make setup" if checkout else "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
-def try_ring() -> str | None:
-    """Open an io_uring on an empty file. None, or what the kernel answered."""
+def try_ring() -> tuple[OSError | None, str | None]:
+    """Open an io_uring on an empty file. What the kernel answered, and why threads take its place."""
     import spdk_glue
 
     with tempfile.TemporaryFile() as file:
         try:
-            spdk_glue.Queue.files([file.fileno()]).close()
+            spdk_glue.Queue.files([file.fileno()], engine="uring").close()
         except OSError as error:
-            return os.strerror(error.errno) if error.errno else str(error)
-    return None
+            return error, spdk_glue.why_no_uring(error)
+    return None, None
 
 
 def show(record: dict[str, Any]) -> None:

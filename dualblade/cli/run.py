@@ -155,6 +155,13 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         if direct["tensors"]
         else "direct path: not needed",
     ]
+    lines += sorted(
+        {
+            f"engine {path['engine']}, because {path['reason']}"
+            for path in record["paths"].values()
+            if "reason" in path
+        }
+    )
     if record.get("verified"):
         lines.append("verified: every token equals the run with its KV cache in memory")
     return lines

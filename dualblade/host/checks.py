@@ -25,6 +25,7 @@ from dualblade.units import GIB, format_size
 OK, WARN, FAIL = "ok", "warn", "fail"
 HOST = Host()
 MEMLOCK_WANTED = 1 * GIB
+_INSTEAD = "posix threads move the bytes instead, slower on a fast drive"
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 SLOW = {
     "overlay": "an overlay: its upper layer decides the speed",
@@ -61,23 +62,32 @@ def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check
     if "uring" not in engines:
         return Check(
             "engine",
-            FAIL,
-            f"built without liburing (it has: {' '.join(engines)}); files and drives need io_uring",
+            WARN,
+            f"built without liburing (it has: {' '.join(engines)}); {_INSTEAD}",
             f"apt-get install liburing-dev pkg-config && {rebuild}",
         )
     return Check("engine", OK, f"built, with {' '.join(engines)}")
 
 
-def io_uring(problem: str | None, host: Host = HOST) -> Check:
-    """`problem`: what the kernel answered when a ring was opened, or None when that worked."""
-    setting = _read(host, "/proc/sys/kernel/io_uring_disabled")
-    if setting in ("1", "2") and problem:
-        detail = f"kernel.io_uring_disabled is {setting}: {problem}"
-        return Check("io_uring", FAIL, detail, "sysctl -w kernel.io_uring_disabled=0")
-    if problem:
-        fix = "run outside the container's seccomp profile, on Linux 5.19 or later"
-        return Check("io_uring", FAIL, f"the kernel refuses a ring: {problem}", fix)
-    return Check("io_uring", OK, "the kernel opens a ring")
+def io_uring(problem: OSError | None, reason: str | None = None, host: Host = HOST) -> Check:
+    """`problem`: what the kernel answered when a ring was opened, or None when that worked. `reason`:
+    why threads take its place, or None where nothing does."""
+    if problem is None:
+        return Check("io_uring", OK, "the kernel opens a ring")
+    if reason is None:
+        fix = "ulimit -n 65536" if problem.errno == errno.EMFILE else None
+        return Check("io_uring", FAIL, f"the kernel refuses a ring: {problem.strerror}", fix)
+    return Check("io_uring", WARN, f"{reason}; {_INSTEAD}", _uring_fix(problem.errno, host))
+
+
+def _uring_fix(error: int | None, host: Host) -> str:
+    if error == errno.ENOMEM:
+        return "ulimit -l unlimited"
+    if _read(host, "/proc/sys/kernel/io_uring_disabled") in ("1", "2"):
+        return "sysctl -w kernel.io_uring_disabled=0"
+    if re.search(r"^Seccomp:\s*2$", _read(host, "/proc/self/status"), re.MULTILINE):
+        return "docker run --security-opt seccomp=unconfined, or a profile that allows io_uring_*"
+    return "run on Linux 5.19 or later, with io_uring allowed"
 
 
 def memlock(limit: int | None = None, privileged: bool | None = None) -> Check:
@@ -245,7 +255,7 @@ def spdk() -> Check:
     except OSError:
         found = False
     where = "pkg-config finds spdk_nvme, unused" if found else "pkg-config finds no spdk_nvme"
-    return Check("spdk", OK, f"this version has no SPDK engine and drives NVMe through io_uring ({where})")
+    return Check("spdk", OK, f"this version has no SPDK engine and drives NVMe through the kernel ({where})")
 
 
 def _read(host: Host, path: str) -> str:

@@ -37,13 +37,18 @@ class Ticket:
         self._error: StorageError | None = None
 
     def done(self) -> bool:
-        return self._tag is None or self._path.queue.is_done(self._tag)
+        """wait() will not wait."""
+        try:
+            return self._tag is None or self._path.queue.is_done(self._tag)
+        except OSError:
+            return True  # the queue itself has failed, which wait() tells
 
     def wait(self) -> None:
         """Raises StorageError naming tensor, LBA and NVMe status."""
         if self._tag is not None:
-            tag, self._tag = self._tag, None
-            self._error = self._path.outcome(self, tag)
+            # Ctrl-C in here must leave the tag: a ticket with neither tag nor error means success.
+            self._error = self._path.outcome(self, self._tag)
+            self._tag = None
         if self._error is not None:
             raise self._error
 

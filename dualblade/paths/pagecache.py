@@ -17,7 +17,7 @@ from spdk_glue import Queue, QueueOptions, file_facts
 
 # Inserting pages is serialised per file, so neighbouring tensors go to different files.
 FILES = 4
-# Copies out of the page cache are made by kernel workers side by side, in pieces of this size.
+# Copies out of the page cache are made by worker threads side by side, in pieces of this size.
 OPTIONS = QueueOptions(queue_depth=16, command_bytes=1 << 20, workers=True)
 
 
@@ -50,7 +50,9 @@ class PageCachePath(StoragePath):
             queue = Queue.files(self.fds, options)
         except OSError as error:
             self._close_files()
-            raise TargetError(f"cannot make files in {folder}: {error.strerror}", "choose another with --cache-dir") from error
+            raise TargetError(
+                f"cannot make files in {folder}: {error.strerror}", "choose another with --cache-dir"
+            ) from error
         except BaseException:
             self._close_files()
             raise

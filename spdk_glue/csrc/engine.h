@@ -3,7 +3,9 @@
  * Python. All calls but wake and fault come from the queue's I/O thread. */
 #ifndef ENGINE_H
 #define ENGINE_H
+#include <pthread.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "glue_api.h"
 
@@ -50,8 +52,11 @@ struct engine_ops {
     int (*fault)(void *self, const glue_fault *fault);
 };
 
-extern const struct engine_ops engine_uring, engine_mem, engine_null;
+extern const struct engine_ops engine_uring, engine_posix, engine_mem, engine_null;
 
 uint64_t clock_ns(void);
+/* For pthread_cond_timedwait on a condition of cond_init_monotonic; now where timeout_ns is negative. */
+struct timespec deadline_after(int64_t timeout_ns);
+void cond_init_monotonic(pthread_cond_t *condition);
 
 #endif

@@ -40,11 +40,7 @@ static int mem_open(void **self, const glue_options *options)
     engine->options = *options;
     engine->random = options->seed * 2862933555777941757u + 3037000493u;
     pthread_mutex_init(&engine->lock, NULL);
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&engine->awake, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    cond_init_monotonic(&engine->awake);
     *self = engine;
     return 0;
 }

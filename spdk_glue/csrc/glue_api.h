@@ -45,8 +45,8 @@ typedef struct {
 } glue_completion;
 
 typedef struct {
-    const char *kind;        /* "uring", "mem" or "null" */
-    const int *fds;          /* uring: open files, still owned by the caller */
+    const char *kind;        /* "uring", "posix", "mem" or "null" */
+    const int *fds;          /* uring, posix: open files, still owned by the caller */
     uint32_t num_files;
     uint32_t queue_depth;    /* commands in flight */
     uint32_t command_bytes;  /* larger transfers are split at this size */
@@ -61,7 +61,7 @@ typedef struct {
 
 enum {
     GLUE_REORDER = 1,  /* mem: shuffle completions */
-    GLUE_WORKERS = 2   /* uring: hand commands to kernel workers at once (buffered files: parallel copies) */
+    GLUE_WORKERS = 2   /* buffered files: a few workers copy in parallel (uring: workers of the kernel) */
 };
 
 typedef struct {
@@ -102,7 +102,7 @@ typedef struct {
 
 enum { GLUE_MEMORY_PLAIN = 0, GLUE_MEMORY_THP = 1, GLUE_MEMORY_HUGETLB = 2 };
 
-/* What this build holds, e.g. "uring mem null". */
+/* What this build holds, e.g. "uring posix mem null". */
 const char *glue_engines(void);
 
 /* NULL on failure, with -errno in *error. */

@@ -45,7 +45,9 @@ static void *map_plain(uint64_t size, int *error)
 
 void *glue_memory_alloc(uint64_t *size, int want_hugetlb, int *kind, int *error)
 {
-    *error = 0;
+    *error = *size && *size <= INT64_MAX ? 0 : -EINVAL; /* so rounding up cannot wrap */
+    if (*error)
+        return NULL;
     void *address = want_hugetlb ? map_hugetlb(round_up(*size, HUGE)) : NULL;
     if (address) {
         *size = round_up(*size, HUGE);

@@ -14,6 +14,21 @@ uint64_t clock_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+struct timespec deadline_after(int64_t timeout_ns)
+{
+    uint64_t at = clock_ns() + (timeout_ns < 0 ? 0 : (uint64_t)timeout_ns);
+    return (struct timespec){.tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u)};
+}
+
+void cond_init_monotonic(pthread_cond_t *condition)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(condition, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
 void list_append(struct transfer_list *list, struct transfer *transfer)
 {
     transfer->next = NULL;
@@ -54,7 +69,7 @@ static void list_free(struct transfer_list *list)
 
 static const struct engine_ops *engine_by_name(const char *kind)
 {
-    static const struct engine_ops *const all[] = {&engine_uring, &engine_mem, &engine_null};
+    static const struct engine_ops *const all[] = {&engine_uring, &engine_posix, &engine_mem, &engine_null};
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i]->name && !strcmp(all[i]->name, kind))
             return all[i];
@@ -63,7 +78,7 @@ static const struct engine_ops *engine_by_name(const char *kind)
 
 const char *glue_engines(void)
 {
-    return engine_uring.name ? "uring mem null" : "mem null";
+    return engine_uring.name ? "uring posix mem null" : "posix mem null";
 }
 
 static int options_check(const glue_options *options)
@@ -136,11 +151,7 @@ glue_queue *glue_queue_open(const glue_options *options, int *error)
     queue->ops = ops;
     queue->options = *options;
     pthread_mutex_init(&queue->lock, NULL);
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&queue->changed, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    cond_init_monotonic(&queue->changed);
     *error = queue_memory(queue);
     if (!*error)
         *error = queue_start(queue);
@@ -215,16 +226,9 @@ int glue_submit(glue_queue *queue, int op, uint64_t tag, const glue_piece *piece
     return result;
 }
 
-static struct timespec deadline_after(int64_t timeout_ns)
-{
-    uint64_t at = clock_ns() + (uint64_t)timeout_ns;
-    struct timespec deadline = {.tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u)};
-    return deadline;
-}
-
 static void wait_for_done(glue_queue *queue, uint32_t min, int64_t timeout_ns)
 {
-    struct timespec deadline = deadline_after(timeout_ns < 0 ? 0 : timeout_ns);
+    struct timespec deadline = deadline_after(timeout_ns);
     while (queue->done_count < min && !queue->failed) {
         if (timeout_ns < 0)
             pthread_cond_wait(&queue->changed, &queue->lock);

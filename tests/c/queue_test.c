@@ -2,6 +2,8 @@
 /* The states of a queue: full, refused, failing, hung, closed in the middle of things. */
 #include "check.h"
 
+#include <unistd.h>
+
 static int case_full(void)
 {
     glue_options options = options_of("mem");
@@ -33,6 +35,12 @@ static int case_refused(void)
     CHECK(!glue_queue_open(&options, &error) && error == -EINVAL);
     options = options_of("mem");
     options.capacity = 0;
+    CHECK(!glue_queue_open(&options, &error) && error == -EINVAL);
+    int closed = -1;
+    options = options_of("posix");
+    options.fds = &closed;
+    CHECK(!glue_queue_open(&options, &error) && error == -EBADF);
+    options.num_files = 0;
     CHECK(!glue_queue_open(&options, &error) && error == -EINVAL);
     options = options_of("mem");
     char memory[BLOCK];
@@ -106,16 +114,24 @@ static int case_hung(void)
 /* Transfers that were never reaped, at every depth of progress. */
 static int case_close(void)
 {
+    static const char *const kinds[] = {"mem", "null", "posix"};
+    FILE *file = tmpfile();
+    CHECK(file && ftruncate(fileno(file), BLOCKS * BLOCK) == 0);
+    int fd = fileno(file);
     char *memory = calloc(1, 4 * BLOCK);
     glue_piece piece = plain_piece(0, memory, 4 * BLOCK);
     for (unsigned round = 0; round < 200; round++) {
-        glue_options options = options_of(round % 2 ? "mem" : "null");
-        options.latency_ns = round % 3 ? 0 : 100000;
+        glue_options options = options_of(kinds[round % 3]);
+        options.fds = &fd;
+        options.latency_ns = round % 2 ? 0 : 100000;
+        options.drain_ms = round % 5 ? options.drain_ms : 0;
         glue_queue *queue = queue_of(&options);
         for (unsigned i = 0; i < round % SLOTS; i++)
             CHECK(glue_submit(queue, i % 2 ? GLUE_READ : GLUE_WRITE, i, &piece, 1) == 1);
-        CHECK(glue_queue_close(queue) == 0);
+        int given_up = glue_queue_close(queue);
+        CHECK(given_up == 0 || !options.drain_ms);
     }
+    fclose(file);
     free(memory);
     return 0;
 }

@@ -273,6 +273,24 @@ static void register_on(const glue_options *options)
     glue_memory_free(memory, size);
 }
 
+static int case_posix(void)
+{
+    const char *why = NULL;
+    int fd = direct_file(&why);
+    if (fd < 0)
+        return skip("posix", why);
+    glue_options options = options_of("posix");
+    options.fds = &fd;
+    register_on(&options);
+    stress_queue(&options);
+    options.flags = GLUE_WORKERS;
+    stress_queue(&options);
+    options.queue_depth = 1;
+    stress_queue(&options);
+    close(fd);
+    return 0;
+}
+
 static int case_uring(void)
 {
     const char *why = NULL;
@@ -303,6 +321,7 @@ static int case_uring(void)
 int main(int argc, char **argv)
 {
     static const struct test_case cases[] = {
-        {"order", case_order}, {"reorder", case_reorder}, {"uring", case_uring}, {NULL, NULL}};
+        {"order", case_order}, {"reorder", case_reorder}, {"posix", case_posix}, {"uring", case_uring},
+        {NULL, NULL}};
     return run_cases(cases, argc, argv);
 }

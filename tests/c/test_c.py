@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "scripts" / "sanitize.sh"
 CASES = {
     "queue_test": ("full", "refused", "faults", "hung", "close", "flush", "memory"),
-    "stress_test": ("order", "reorder", "uring"),
+    "stress_test": ("order", "reorder", "posix", "uring"),
 }
 SKIP = 77
 

@@ -127,7 +127,7 @@ def test_several_files(tmp_path: Path, regions) -> None:
     with open_file(folders[0]) as a, open_file(folders[1], flags=0) as b, open_file(folders[2]) as c:
         with Queue.files([a, b, c]) as queue:
             queue.run(WRITE, [plain(PAGE, region.address + n * PAGE, PAGE, n) for n in range(3)])
-            queue.flush(files=(0, 1, 2))
+            queue.flush()
     for number, folder in enumerate(folders):
         assert (folder / "medium").read_bytes()[PAGE : 2 * PAGE] == bytes(region.buffer(number * PAGE, PAGE))
 

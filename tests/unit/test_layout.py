@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks, runs and slots: the arithmetic alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualblade.layout import BEST_RUN, PAGE, TAIL_PART, Layout, choose_layout, smallest_block
+from dualblade.tensors import TensorKey, TensorSpec
+
+row_bytes = st.builds(
+    lambda head_dim, itemsize: head_dim * itemsize, st.integers(1, 1024), st.sampled_from([1, 2, 4, 8])
+)
+layouts = st.builds(
+    lambda runs, row, factor: Layout(runs, row, smallest_block(row) * factor),
+    st.integers(1, 512), row_bytes, st.integers(1, 64),
+)  # fmt: skip
+specs = st.builds(
+    lambda batch, heads, head_dim, itemsize, tokens: TensorSpec(
+        TensorKey(0, "K"), batch, heads, head_dim, itemsize, tokens
+    ),
+    st.integers(1, 16), st.integers(1, 64), st.integers(1, 512), st.sampled_from([1, 2, 4]), st.integers(1, 1 << 20),
+)  # fmt: skip
+tokens = st.integers(0, 1 << 21)
+
+
+@given(row_bytes)
+def test_the_smallest_block_is_the_first_whose_run_is_whole_pages(row: int) -> None:
+    block = smallest_block(row)
+    assert block * row % PAGE == 0
+    assert block == 1 or block // 2 * row % PAGE  # every such block is a power of two
+    assert block & (block - 1) == 0
+
+
+@given(layouts)
+def test_every_run_of_every_block_begins_on_a_page(layout: Layout) -> None:
+    assert layout.run_bytes % PAGE == 0
+    assert layout.run_bytes == layout.block_tokens * layout.row_bytes
+    assert layout.block_bytes == layout.runs * layout.run_bytes
+
+
+@given(layouts, tokens)
+def test_blocks_hold_all_tokens_and_no_block_is_empty(layout: Layout, count: int) -> None:
+    blocks = layout.blocks_for(count)
+    assert blocks * layout.block_tokens >= count > (blocks - 1) * layout.block_tokens or blocks == count == 0
+    assert layout.full_blocks(count) * layout.block_tokens <= count
+    assert 0 <= blocks - layout.full_blocks(count) <= 1
+    assert layout.bytes_for(count) == blocks * layout.block_bytes
+    assert layout.bytes_for(count) >= count * layout.runs * layout.row_bytes
+
+
+@given(layouts, tokens)
+def test_a_slot_is_whole_blocks_and_whole_pages(layout: Layout, count: int) -> None:
+    capacity = layout.capacity_for(count)
+    assert capacity % layout.block_tokens == 0
+    assert count <= capacity < count + layout.block_tokens
+    assert layout.slot_bytes(capacity) == layout.bytes_for(count)
+    assert layout.slot_bytes(capacity) % PAGE == 0
+
+
+@given(st.lists(st.tuples(row_bytes, st.integers(0, 6)), min_size=1, max_size=6), tokens)
+def test_tensors_of_different_rows_share_one_capacity(parts: list[tuple[int, int]], count: int) -> None:
+    """The store gives all slots the largest capacity; it must be whole blocks of every tensor."""
+    all_layouts = [Layout(1, row, smallest_block(row) << shift) for row, shift in parts]
+    capacity = max(layout.capacity_for(count) for layout in all_layouts)
+    assert all(capacity % layout.block_tokens == 0 for layout in all_layouts)
+
+
+def fits(spec: TensorSpec, block: int, tail_bytes: int | None) -> bool:
+    return (
+        block * spec.row_bytes <= BEST_RUN
+        and block * TAIL_PART <= spec.tokens
+        and (tail_bytes is None or block * spec.token_bytes <= tail_bytes)
+    )
+
+
+@given(specs, st.one_of(st.none(), st.integers(0, 1 << 32)))
+def test_the_longest_run_within_the_limits(spec: TensorSpec, tail_bytes: int | None) -> None:
+    layout = choose_layout(spec, tail_bytes)
+    smallest = smallest_block(spec.row_bytes)
+    assert (layout.runs, layout.row_bytes) == (spec.runs, spec.row_bytes)
+    assert layout.run_bytes % PAGE == 0
+    assert layout.block_tokens == smallest or fits(spec, layout.block_tokens, tail_bytes)
+    assert not fits(spec, 2 * layout.block_tokens, tail_bytes)
+
+
+@given(specs, st.integers(0, 1 << 32), st.integers(0, 1 << 32))
+def test_a_larger_allowance_never_shortens_the_run(spec: TensorSpec, one: int, other: int) -> None:
+    less, more = sorted((one, other))
+    assert choose_layout(spec, less).run_bytes <= choose_layout(spec, more).run_bytes
+    assert choose_layout(spec, more).run_bytes <= choose_layout(spec).run_bytes
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "itemsize", "count", "tail_bytes", "block_tokens"),
+    [
+        (128, 2, 65536, None, 512),  # Llama-3-8B: runs of 128 KiB
+        (128, 2, 65536, 64 * 1024 * 8, 256),
+        (128, 2, 65536, 0, 16),
+        (128, 2, 100, None, 16),
+        (64, 2, 65536, None, 1024),
+        (96, 2, 65536, None, 512),  # 96 KiB: twice as long would be too long
+        (80, 4, 65536, None, 256),
+        (1, 1, 10, None, 4096),
+    ],
+)
+def test_layouts_of_known_models(
+    head_dim: int, itemsize: int, count: int, tail_bytes: int | None, block_tokens: int
+) -> None:
+    spec = TensorSpec(TensorKey(0, "K"), 1, 8, head_dim, itemsize, count)
+    assert choose_layout(spec, tail_bytes).block_tokens == block_tokens
