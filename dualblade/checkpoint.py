@@ -99,7 +99,7 @@ class SafetensorsFile:
                 target.copy_(source)
 
     def _fill(self, tensor: torch.Tensor, offset: int) -> None:
-        view = memoryview(tensor.view(torch.uint8).numpy())
+        view = tensor.view(torch.uint8).numpy().data
         begin = offset
         while len(view):
             got = os.preadv(self._fd, [view], offset)

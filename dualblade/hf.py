@@ -113,6 +113,7 @@ class DualBladeCache(Cache):
         weights_bytes: int = 0,
         activation_bytes: int | None = None,
         prefetch_depth: int | None = None,
+        checksum: bool = False,
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -126,6 +127,7 @@ class DualBladeCache(Cache):
             weights_bytes=weights_bytes,
             activation_bytes=activation_bytes,
             prefetch_depth=prefetch_depth,
+            checksum=checksum,
         )
         self.config = config
         self._max_tokens = max_tokens

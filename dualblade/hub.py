@@ -27,7 +27,10 @@ TIMEOUT_S = 5.0
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
 # Besides the weights that transformers reads, some repositories hold them once more in another form.
 NEVER = ("original/*", "consolidated*", "*/*", "*.safetensors.index.json", "*.bin.index.json")
-FORMS = (("model*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+FORMS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
 KEEP_FREE = 256 * MIB
 Result = TypeVar("Result")
 
@@ -81,7 +84,7 @@ def _local(repo: str, patterns: Sequence[str]) -> Path | None:
 
 def _download(repo: str, patterns: Sequence[str], ignore: Sequence[str] = NEVER) -> Path:
     disable_progress_bars()
-    HfApi().repo_info(repo, timeout=TIMEOUT_S)  # fails sooner, and says more, than the download does
+    HfApi().model_info(repo, timeout=TIMEOUT_S)  # fails sooner, and says more, than the download does
     return Path(
         snapshot_download(
             repo, allow_patterns=list(patterns), ignore_patterns=list(ignore), etag_timeout=TIMEOUT_S
@@ -91,7 +94,7 @@ def _download(repo: str, patterns: Sequence[str], ignore: Sequence[str] = NEVER)
 
 def _download_weights(repo: str) -> Path:
     disable_progress_bars()
-    info = HfApi().repo_info(repo, timeout=TIMEOUT_S, files_metadata=True)
+    info = HfApi().model_info(repo, timeout=TIMEOUT_S, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     for form in FORMS:
         wanted = {name: size for name, size in sizes.items() if Path(name).match(form[0]) and "/" not in name}
@@ -169,7 +172,8 @@ def _refused(repo: str, error: HfHubHTTPError) -> ModelError:
             "set HF_TOKEN to a valid token that may read it; or pass a local folder, or --weights dummy",
         )
     return ModelError(
-        f"the hub answers HTTP {status} for {repo}", "try again later, pass a local folder, or --weights dummy"
+        f"the hub answers HTTP {status} for {repo}",
+        "try again later, pass a local folder, or --weights dummy",
     )
 
 

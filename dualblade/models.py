@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from transformers.utils import logging
 
 from dualblade.attention import implementation
 from dualblade.errors import ConfigError, ModelError, UsageError
-from dualblade.planner import make_specs
-from dualblade.tensors import TensorSpec
 from dualblade.units import MIB
 
+# What the C library's heap keeps between the tensors of a pass; with a quarter more of the tensors
+# themselves, measured on passes of 0.1 to 1 GiB.
+HEAP_SLACK = 48 * MIB
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,10 +55,7 @@ def empty_model(
     """The model with parameters that take no memory; buffers hold their values. shared: all decoder
     layers have the parameters of one. Raises ModelError for what is no decoder-only language model."""
     try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=implementation(attention)
-            )
+        model = _build(config, dtype, implementation(attention))
     except (ValueError, ImportError) as error:
         raise ModelError(
             f"a model of type {config.model_type!r} cannot be built: {str(error).splitlines()[0]}",
@@ -66,6 +65,31 @@ def empty_model(
     if shared:
         _share_layers(model)
     return model.eval()
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Some families have no attention but `eager`, and say so by a ValueError."""
+    try:
+        with _parameters_on_meta():
+            own = copy.deepcopy(config)  # from_config notes the dtype in it
+            return AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=attention)
+    except ValueError:
+        if attention == "eager":
+            raise
+        return _build(config, dtype, "eager")
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """transformers' name of the attention that a model was built with."""
+    return str(model.config._attn_implementation)
+
+
+def smooth_head(model: PreTrainedModel) -> None:
+    """The last position of every sequence is a strided view. Where the batch is not one, matmul would
+    copy the head's weights once a sequence before it multiplies."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
 @contextmanager
@@ -153,28 +177,25 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     return getattr(text_config(config), "max_position_embeddings", None)
 
 
-def kv_specs(config: PreTrainedConfig, batch: int, tokens: int, itemsize: int) -> tuple[TensorSpec, ...]:
-    """Every K and V of the model, by its configuration."""
-    text = text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return make_specs(text.num_hidden_layers, batch, heads, head_dim, itemsize, tokens)
-
-
-def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, shared: bool = False) -> int:
-    """Bytes of all weights, from shapes alone; `shared`: of those that dummy weights really take."""
-    model = empty_model(config, dtype, shared=shared)
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, each counted once; an empty model answers as well."""
     return sum(weight.empty.numel() * weight.empty.element_size() for weight in weights_of(model))
 
 
-def last_position_only(model_type: type) -> dict[str, int]:
+def last_position_only(model: nn.Module) -> dict[str, int]:
     """What to pass to a forward pass for the logits of the last position alone; nothing where the
     model cannot leave the others out."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model_type.forward).parameters else {}  # type: ignore[attr-defined]
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def activation_bytes(
-    config: PreTrainedConfig, batch: int, chunk: int, context: int, itemsize: int, attention: str = "sdpa"
+    config: PreTrainedConfig,
+    batch: int,
+    chunk: int,
+    context: int,
+    itemsize: int,
+    attention: str = "sdpa",
+    all_logits: bool = False,
 ) -> int:
     """An upper estimate of what one forward pass holds beside weights and KV, in bytes.
 
@@ -191,5 +212,5 @@ def activation_bytes(
     if attention == "eager":
         attending += 2 * batch * heads * head_dim * context * itemsize
         attending += rows * heads * context * (2 * itemsize + 4)
-    logits = batch * text.vocab_size * (itemsize + 8)
-    return max(mlp, attending) + logits + 32 * MIB
+    logits = (rows if all_logits else batch) * text.vocab_size * (itemsize + 8)
+    return max(mlp, attending) * 5 // 4 + logits + HEAP_SLACK

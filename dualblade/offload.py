@@ -87,6 +87,7 @@ class Offload:
             slots=plan.pipeline.slots,
             capacity=plan.capacity,
             prefetch_depth=plan.pipeline.prefetch_depth,
+            checksum=self.settings.checksum,
         )
 
     def _cached_fds(self) -> list[int]:
@@ -151,6 +152,7 @@ class Offload:
             "queue_depth": options.queue_depth,
             "run_bytes": max(layout.run_bytes for layout in self.plan.layouts.values()),
             "stall_s": self.store.stall_s,
+            "checksum_s": self.store.checksum_s if self.settings.checksum else None,
         }
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from dualblade.errors import UsageError
+from dualblade.errors import ModelError, UsageError
+from dualblade.models import last_position_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Generation:
         self.chunk = chunk
         self.on_prefill = on_prefill
         self.on_token = on_token
+        self._last_only = last_position_only(model)
         self._random = torch.Generator().manual_seed(sampling.seed)
         self._mask = prompt.mask
         self._seen = 0
@@ -125,7 +127,7 @@ class Generation:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            **self._last_only,
             **extra,
         )
         return out.logits[:, -1].float()
@@ -187,12 +189,24 @@ class TextStream:
 # prompts ------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Any, texts: list[str]) -> Prompt:
-    """Texts padded on the left to one length. Raises UsageError for an empty prompt."""
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
+def encode(tokenizer: Any, texts: list[str], chat: bool = False) -> Prompt:
+    """Texts padded on the left to one length. chat: each is what a user says, in the words of the
+    tokenizer's template. Raises UsageError for an empty prompt, ModelError where there is no template."""
+    written = [_as_chat(tokenizer, text) for text in texts] if chat else texts
+    batch = tokenizer(written, return_tensors="pt", padding=True, add_special_tokens=not chat)
     if not batch["input_ids"].shape[1]:
         raise UsageError("the prompt is empty", "pass some text with --prompt")
     return Prompt(batch["input_ids"], batch["attention_mask"])
+
+
+def _as_chat(tokenizer: Any, text: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            "this model's tokenizer has no chat template",
+            "leave --chat out to pass the prompt as it is, or take an instruct model",
+        )
+    said = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
 
 
 def random_prompt(batch: int, tokens: int, vocabulary: int, seed: int) -> Prompt:

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dualblade import models, runner
+from dualblade import loading, models, runner
 from dualblade.errors import ConfigError, DualBladeError, UsageError
+from dualblade.forecast import Forecast, check_machine, device_bytes
 from dualblade.hf import DualBladeCache
 from dualblade.host.sysfs import Host
-from dualblade.offload import make_request
-from dualblade.planner import RunPlan, make_plan
+from dualblade.planner import RunPlan
 from dualblade.residency import take_snapshot
 from dualblade.settings import CacheSettings
-
-PREFILL_CHUNK = 2048
+from dualblade.zoo import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,9 @@ class RunOptions:
     batch_size: int = 1
     dtype: str | None = None
     attention: str = "sdpa"
-    chunk: int = PREFILL_CHUNK
+    chunk: int | None = None
+    weights: str = "auto"
+    chat: bool = False
     sampling: runner.Sampling = field(default_factory=runner.Sampling)
     verify: bool = False
 
@@ -53,18 +54,31 @@ class Session:
     Raises UsageError, ModelError, ConfigError, BudgetError, TargetError, StorageError.
     """
 
-    def __init__(self, options: RunOptions, watcher: Watcher = Watcher()):
+    def __init__(self, options: RunOptions, watcher: Watcher = Watcher(), plan_only: bool = False):
         self.options = options
         self.watcher = watcher
-        self.ref = models.resolve(options.model)
+        self.dummy = options.weights == "dummy"
+        self.ref = resolve(options.model)
         watcher.stage("reading the model's configuration")
-        self.config = models.load_config(self.ref)
+        self.config = loading.load_config(self.ref, shapes_only=plan_only or self.dummy)
         self.dtype = models.pick_dtype(self.config, options.dtype)
-        self.tokenizer = None if options.prompt_len else models.load_tokenizer(self.ref)
+        self.tokenizer = self._load_tokenizer()
         self.prompt = self._make_prompt()
         self.context = self.prompt.ids.shape[1] + options.max_new_tokens
         models.check_context(self.config, self.context)
-        self.settings = self._settings()
+        self.forecast = self._forecast()
+        self.chunk = self.forecast.chunk_for(self.context, self.prompt.ids.shape[1], take_snapshot(Host()))
+        self.settings = self.forecast.settings_for(self.context, self.chunk)
+
+    def _load_tokenizer(self) -> Any:
+        if self.options.prompt_len:
+            return None
+        if self.dummy and not loading.has_tokenizer(self.ref):
+            raise UsageError(
+                f"dummy weights of {self.ref.name} come without a tokenizer",
+                "pass --prompt-len N for N random tokens",
+            )
+        return loading.load_tokenizer(self.ref)
 
     def _make_prompt(self) -> runner.Prompt:
         options = self.options
@@ -74,28 +88,38 @@ class Session:
                 options.batch_size, options.prompt_len, vocabulary, options.sampling.seed
             )
         text = options.prompt if options.prompt is not None else _read(options.prompt_file)
-        return runner.encode(self.tokenizer, [text] * options.batch_size)
+        return runner.encode(self.tokenizer, [text] * options.batch_size, options.chat)
 
-    def _settings(self) -> CacheSettings:
-        chunk = min(self.options.chunk, self.prompt.ids.shape[1])
-        activations = models.activation_bytes(
-            self.config, self.options.batch_size, chunk, self.context, self.dtype.itemsize
+    def _forecast(self) -> Forecast:
+        options = self.options
+        empty = models.empty_model(self.config, self.dtype, options.attention, shared=self.dummy)
+        return Forecast(
+            self.config,
+            replace(options.settings, weights=models.weight_bytes(empty)),
+            options.batch_size,
+            self.dtype.itemsize,
+            models.attention_of(empty),
+            options.chunk,
+            all_logits=not models.last_position_only(empty),
+            limit=models.context_limit(self.config),
         )
-        weights = models.weight_bytes(self.config, self.dtype)
-        return replace(self.options.settings, weights=weights, activations=activations, loaded=False)
 
     def plan(self) -> RunPlan:
         """What run() will do, by arithmetic alone. Raises BudgetError."""
         snapshot = take_snapshot(Host())
-        request = make_request(self.settings, snapshot, mapped=0)
-        specs = models.kv_specs(self.config, self.options.batch_size, self.context, self.dtype.itemsize)
-        return make_plan(specs, request, snapshot)
+        plan = self.forecast.plan(self.context, self.chunk, snapshot)
+        check_machine(plan, snapshot)
+        return plan
+
+    def all_cached_up_to(self) -> int | None:
+        """The longest context of this batch whose KV the page cache holds entirely."""
+        return self.forecast.all_cached_up_to(take_snapshot(Host()))
 
     def run(self) -> dict[str, Any]:
         """The record of `run --json`. Everything is reserved before the weights are loaded, so what
         cannot work is refused at once."""
-        if self.ref.folder:
-            models.check_weights(self.ref.folder)
+        self.plan()
+        folder = None if self.dummy else self._weight_folder()
         with DualBladeCache(
             self.config,
             mem_budget=self.settings.budget,
@@ -104,30 +128,46 @@ class Session:
             dtype=self.dtype,
             settings=self.settings,
         ) as cache:
-            self.watcher.stage("loading the weights")
-            model = models.load_model(self.ref, self.dtype, self.options.attention)
+            model = self._load(folder)
             result, text = self._generate(model, cache)
-            record = self._record(result, text) | cache.report()
+            device = {"device_bytes": device_bytes(cache.storage.plan)}
+            record = self._record(result, text) | device | cache.report()
         if self.options.verify:
             record["verified"] = self._verify(model, result)
         return record
 
+    def _weight_folder(self) -> Path:
+        self.watcher.stage("looking at the weights, which are downloaded where they are not here yet")
+        return loading.weight_folder(self.ref)
+
+    def _load(self, folder: Path | None) -> Any:
+        options = self.options
+        if folder is None:
+            layers = models.text_config(self.config).num_hidden_layers
+            self.watcher.stage(
+                f"dummy weights: random values, and one decoder layer shared by all {layers} layers"
+            )
+            return loading.dummy_model(self.config, self.dtype, options.attention, options.sampling.seed)
+        self.watcher.stage("loading the weights")
+        return loading.load_model(self.ref, folder, self.config, self.dtype, options.attention)
+
     def _generate(self, model: Any, cache: Any, quiet: bool = False) -> tuple[runner.Generated, str | None]:
         watcher = Watcher() if quiet else self.watcher
-        stream = runner.TextStream(self.tokenizer, watcher.text) if self.tokenizer else None
+        readable = self.tokenizer and not self.dummy
+        stream = runner.TextStream(self.tokenizer, watcher.text) if readable else None
 
         def on_token(ids: list[int]) -> None:
             if stream and ids[0] >= 0:
                 stream.push(ids[0])
 
-        eos = runner.end_tokens(model) if self.tokenizer else frozenset()
+        eos = runner.end_tokens(model) if readable else frozenset()
         generation = runner.Generation(
             model,
             cache,
             self.prompt,
             self.options.sampling,
             eos,
-            self.options.chunk,
+            self.chunk,
             watcher.prefill,
             on_token,
         )
@@ -151,6 +191,8 @@ class Session:
             "model": self.options.model,
             "device": "cpu",
             "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": "dummy" if self.dummy else "real",
+            "prefill_chunk": self.chunk,
             "batch_size": self.options.batch_size,
             "prompt_tokens": self.prompt.ids.shape[1],
             "new_tokens": new_tokens,

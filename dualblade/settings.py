@@ -39,6 +39,7 @@ class CacheSettings:
     weights: int
     activations: int | None
     prefetch_depth: int | None
+    checksum: bool = False
     loaded: bool = True
     timeout_s: float = 60.0
 
@@ -56,6 +57,7 @@ class CacheSettings:
         weights_bytes: int = 0,
         activation_bytes: int | None = None,
         prefetch_depth: int | None = None,
+        checksum: bool = False,
     ) -> CacheSettings:
         """Raises UsageError naming the setting that makes no sense."""
         if kv_path not in KV_PATHS:
@@ -76,4 +78,5 @@ class CacheSettings:
             weights=weights_bytes,
             activations=activation_bytes,
             prefetch_depth=prefetch_depth,
+            checksum=checksum,
         )

@@ -46,6 +46,10 @@ class SlotPool:
         self._free: deque[Slot] = deque(self.slots)
         self._draining: deque[Slot] = deque()
 
+    def rows(self, slot: Slot) -> memoryview:
+        """The slot's bytes."""
+        return self.region.buffer(slot.offset, self.slot_bytes)
+
     def lease(self, owner: object, wait: bool) -> Slot | None:
         """A slot for `owner`; None when all are in use. `wait`: for the oldest writes if need be.
 

@@ -6,17 +6,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dualblade.errors import ConfigError, DualBladeError, StorageError
+from dualblade.integrity import Checksums
+from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import Layout
-from dualblade.paths.base import Room, StoragePath, Ticket
+from dualblade.paths.base import StoragePath, Ticket
 from dualblade.pipeline import layers_ahead
 from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import MIB
-from spdk_glue import READ, WRITE, Piece, Region, plain
+from spdk_glue import READ, WRITE, Region
 
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
@@ -34,45 +35,14 @@ class Placer(Protocol):
     def __call__(self, key: TensorKey, nbytes: int) -> Placement: ...
 
 
-@dataclass(slots=True)
-class Segment:
-    """Blocks [first, first + blocks) of a tensor lie in `room`."""
-
-    first: int
-    blocks: int
-    room: Room
-
-
-@dataclass(slots=True)
-class Tensor:
-    """One K or V: its rows on the paths, and the unfinished block that stays in memory."""
-
-    spec: TensorSpec
-    layout: Layout
-    tail: Any
-    tail_offset: int
-    tokens: int = 0
-    segments: list[Segment] = field(default_factory=list)
-    writes: list[Ticket] = field(default_factory=list)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks there is room for."""
-        return self.segments[-1].first + self.segments[-1].blocks if self.segments else 0
-
-    @property
-    def full(self) -> int:
-        """Blocks on the medium."""
-        return self.layout.full_blocks(self.tokens)
-
-
 class KVStore:
     """The tensors of one generation.
 
     `load(key, room)` gives the slot that holds all rows of a tensor, with place for `room` more;
     `append(key, slot, count)` takes rows that were written to the slot behind them. One layer's
     slots stay valid until another layer is loaded, or one of its tensors outgrows them. After an
-    error, or an interrupt half-way, nothing is served any more.
+    error, or an interrupt half-way, nothing is served any more. checksum: remember a checksum of
+    every block that is written, and verify each one that is read.
     """
 
     def __init__(
@@ -85,13 +55,16 @@ class KVStore:
         slots: int,
         capacity: int,
         prefetch_depth: int,
+        checksum: bool = False,
     ):
         self.device = device
         self.paths = paths
         self.placer = placer
         self.placements: list[Placement] = []
         self.prefetch_depth = prefetch_depth
+        self.checksum = checksum
         self.stall_s = 0.0
+        self.checksum_s = 0.0
         self.failure: DualBladeError | None = None
         self._layers = sorted({spec.key.layer for spec in specs})
         self._slots = slots
@@ -111,7 +84,8 @@ class KVStore:
         for spec in specs:
             layout = layouts[spec.key]
             tail = self.device.open(region, offset, spec.runs, layout.block_tokens, spec.head_dim)
-            tensors[spec.key] = Tensor(spec, layout, tail, offset)
+            checksums = Checksums(spec.key, layout) if self.checksum else None
+            tensors[spec.key] = Tensor(spec, layout, tail, offset, checksums)
             offset += layout.block_bytes
         return region, tensors
 
@@ -228,36 +202,27 @@ class KVStore:
 
     def _transfers(self, op: int, tensor: Tensor, slot: Slot, first: int, end: int) -> list[Ticket]:
         """Move blocks [first, end) between the slot and their rooms: one transfer a path."""
-        pieces: dict[PathKind, list[Piece]] = {}
-        for segment in tensor.segments:
-            begin, stop = max(first, segment.first), min(end, segment.first + segment.blocks)
-            if begin < stop:
-                piece = self._piece(tensor, slot, segment, begin, stop - begin)
-                pieces.setdefault(segment.room.path, []).append(piece)
+        pieces = tensor.pieces(slot.address, self.capacity, first, end)
         return [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
-
-    def _piece(self, tensor: Tensor, slot: Slot, segment: Segment, first: int, blocks: int) -> Piece:
-        layout = tensor.layout
-        return Piece(
-            offset=segment.room.offset + (first - segment.first) * layout.block_bytes,
-            address=slot.address + first * layout.run_bytes,
-            head_stride=self.capacity * layout.row_bytes,
-            block_stride=layout.run_bytes,
-            run_bytes=layout.run_bytes,
-            heads=layout.runs,
-            blocks=blocks,
-            file=segment.room.file,
-        )
 
     def _await(self, tensor: Tensor, slot: Slot) -> None:
         """The slot is filled, and everything written before it really reached the medium."""
         begun = time.perf_counter()
-        for ticket in slot.fills:
+        filled, slot.fills = slot.fills, []
+        for ticket in filled:
             ticket.wait()
-        slot.fills = []
         if tensor.full:
             self._await_writes(tensor)
         self.stall_s += time.perf_counter() - begun
+        if filled and tensor.checksums:
+            self._verify(tensor, slot)
+
+    def _verify(self, tensor: Tensor, slot: Slot) -> None:
+        assert tensor.checksums is not None
+        begun = time.perf_counter()
+        stride = tensor.head_stride(self.capacity)
+        tensor.checksums.verify(self.pool.rows(slot), stride, tensor.full, tensor.offset_of)
+        self.checksum_s += time.perf_counter() - begun
 
     @staticmethod
     def _await_writes(tensor: Tensor) -> None:
@@ -287,6 +252,8 @@ class KVStore:
             self._keep_tail(tensor, slot, count)
 
     def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
+        if tensor.checksums:
+            tensor.checksums.remember(self.pool.rows(slot), tensor.head_stride(self.capacity), first, end)
         tickets = self._transfers(WRITE, tensor, slot, first, end)
         slot.drains += tickets
         tensor.writes += tickets
@@ -334,13 +301,11 @@ class KVStore:
             tensor.tokens = tokens
 
     def _read_tail(self, tensor: Tensor, block: int) -> None:
-        """A tail has the medium's own layout, so one plain read brings a block back."""
-        layout = tensor.layout
-        segment = next(part for part in tensor.segments if part.first <= block < part.first + part.blocks)
-        room = segment.room
-        offset = room.offset + (block - segment.first) * layout.block_bytes
-        piece = plain(offset, self._tails.address + tensor.tail_offset, layout.block_bytes, room.file)
-        self.paths[room.path].transfer(READ, tensor.spec.key, [piece]).wait()
+        path = self.paths[tensor.segment_of(block).room.path]
+        path.transfer(READ, tensor.spec.key, [tensor.tail_piece(block, self._tails.address)]).wait()
+        if tensor.checksums:
+            rows = self._tails.buffer(tensor.tail_offset, tensor.layout.block_bytes)
+            tensor.checksums.verify(rows, tensor.layout.run_bytes, 1, tensor.offset_of, first=block)
 
     def rewrite(self, key: TensorKey, change: Callable[[Any, int], None]) -> None:
         """Let `change(view, tokens)` alter the rows of a tensor in place. Raises StorageError."""

@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,14 @@ def _uring() -> str | None:
     return None
 
 
+def _seccomp() -> str | None:
+    launcher = Path(__file__).with_name("forbid_uring.py")
+    done = subprocess.run(
+        [sys.executable, launcher, "EPERM", "true"], capture_output=True, text=True, check=False
+    )
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
 def _spdk() -> str | None:
     if not shutil.which("pkg-config"):
         return "there is no pkg-config to find spdk_nvme with"
@@ -80,6 +89,7 @@ def _program(name: str) -> Callable[[], str | None]:
 _PROBES: dict[str, Callable[[], str | None]] = {
     "uring": _uring,
     "o_direct": _o_direct,
+    "seccomp": _seccomp,
     "cc": _program("cc"),
     "fio": _program("fio"),
     "root": _root,

@@ -19,8 +19,10 @@ from dualblade.bench.fio import fio_path, run_fio
 from dualblade.bench.tensors import kv_store
 from dualblade.device import CpuDevice
 from dualblade.errors import CapacityError
+from dualblade.integrity import Checksums
 from dualblade.paths.base import Room
 from dualblade.paths.pagecache import PageCachePath
+from dualblade.store import KVStore
 from dualblade.target_files import check_room
 from dualblade.units import GIB, MIB
 from spdk_glue import PAGE, READ, WRITE, Queue, QueueOptions, Region, plain
@@ -107,6 +109,7 @@ def _one_round(bench: IoBench, file: Path, queue: Queue, posix: Queue, region: R
         "posix_read": _engine(bench, posix, region, READ),
         "tensor_engine": _engine(bench, queue, region, READ, ahead=1),
         "tensor_store": _store(bench, queue),
+        "tensor_checksum": _store(bench, queue, checksum=True),
     }
     if fio_path():
         speeds["fio_read"] = run_fio(file, "read", bench.size, bench.command_bytes, bench.queue_depth)
@@ -130,16 +133,27 @@ def _engine(bench: IoBench, queue: Queue, region: Region, op: int, ahead: int = 
     return bench.size / GIB / (time.perf_counter() - begun)
 
 
-def _store(bench: IoBench, queue: Queue) -> float:
+def _store(bench: IoBench, queue: Queue, checksum: bool = False) -> float:
     """GiB/s of loading whole 128 MiB tensors one after the other through the store."""
     store = kv_store(queue, CpuDevice(torch.bfloat16), bench.size // TENSOR_BYTES // 2)
     _touch(store.pool.region)
+    if checksum:
+        _remember(store)
     begun = time.perf_counter()
     for key in store.tensors:
         store.load(key)
     spent = time.perf_counter() - begun
     store.close()
     return len(store.tensors) * TENSOR_BYTES / GIB / spent
+
+
+def _remember(store: KVStore) -> None:
+    """Take what lies on the medium for what was written."""
+    for key, tensor in store.tensors.items():
+        rows = store.pool.rows(store.load(key))
+        tensor.checksums = Checksums(key, tensor.layout)
+        tensor.checksums.remember(rows, tensor.head_stride(store.capacity), 0, tensor.full)
+    store.flush()
 
 
 def _touch(region: Region) -> None:
@@ -180,6 +194,7 @@ def _summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
         "read_vs_fio": ("engine_read", "fio_read"),
         "write_vs_fio": ("engine_write", "fio_write"),
         "store_vs_engine": ("tensor_store", "tensor_engine"),
+        "checksum_vs_none": ("tensor_checksum", "tensor_store"),
         "posix_vs_engine": ("posix_read", "engine_read"),
     }
     ratios = {

@@ -47,6 +47,11 @@ class RawPath(StoragePath):
         return 0
 
 
+def no_growth(key: TensorKey, nbytes: int) -> Placement:
+    """For a store whose tensors have room for all their tokens."""
+    raise AssertionError(f"{key} was given room for all its tokens")
+
+
 def kv_store(
     queue: Queue, device: Device, num_layers: int, tokens: int = TOKENS, path: StoragePath | None = None
 ) -> KVStore:
@@ -57,9 +62,6 @@ def kv_store(
     placements = [
         Placement(spec.key, path.kind, layouts[spec.key].bytes_for(tokens), "benchmark") for spec in specs
     ]
-
-    def no_growth(key: TensorKey, nbytes: int) -> Placement:
-        raise AssertionError(f"{key} was given room for all its tokens")
 
     store = KVStore(specs, layouts, device, {path.kind: path}, no_growth, 2, tokens, 0)
     store.place(placements)

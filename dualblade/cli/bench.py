@@ -55,6 +55,36 @@ def io(
     emit(record, as_json, _show)
 
 
+@bench.command(epilog="Example: dualblade-spdk bench policy --rounds 5")
+@click.option(
+    "--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the files are made."
+)
+@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
+@json_option
+def policy(as_json: bool, cache_dir: Path | None, rounds: int) -> None:
+    """One decode cycle over both paths: cached tensors first (the paper's), or spread."""
+    from dualblade.bench.policy import PolicyBench, run_policy_bench
+
+    screen = console()
+    made = PolicyBench(cache_dir or default_cache_dir(), rounds=rounds)
+    record = run_policy_bench(made, lambda text: screen.print(f"[dim]{text}[/dim]"))
+    emit(record, as_json, _show_policy)
+
+
+def _show_policy(record: dict[str, Any]) -> None:
+    rows = [
+        (
+            f"{row['cached']:.0%}",
+            row["prefetch_depth"],
+            f"{row['first_fit_s'] * 1000:.0f}",
+            f"{row['spread_s'] * 1000:.0f}",
+            f"{row['spread_vs_first_fit']:.2f}",
+        )
+        for row in record["rows"]
+    ]
+    table(("cached", "layers ahead", "first-fit ms", "spread ms", "spread / first-fit"), rows)
+
+
 def _show(record: dict[str, Any]) -> None:
     names = {
         "engine_read": "sequential read",

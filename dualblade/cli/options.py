@@ -35,11 +35,17 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     click.option(
         "--prefill-chunk",
         type=click.IntRange(min=1),
-        default=2048,
-        show_default=True,
         metavar="N",
-        help="Prompt tokens a forward pass.",
+        help="Prompt tokens a forward pass [default: what the budget allows].",
     ),
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "dummy"]),
+        default="auto",
+        show_default=True,
+        help="dummy: random values, one decoder layer shared by all; nothing is downloaded.",
+    ),
+    click.option("--checksum", is_flag=True, help="Verify every block that is read back (CRC-32C)."),
     click.option("--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead."),
 ]
 
@@ -64,5 +70,6 @@ def settings_from(options: dict[str, Any]) -> Any:
         "capacity",
         "cache_dir",
         "prefetch_depth",
+        "checksum",
     )
     return CacheSettings.checked(**{name: options[name] for name in names})

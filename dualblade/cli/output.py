@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dualblade.units import format_size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,6 +47,13 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def describe_device(device: Mapping[str, Any]) -> str:
+    """E.g. "cpu: weights 15 GiB, activations 1 GiB, KV ring 256 MiB"."""
+    names = {"weights": "weights", "activation": "activations", "kv_ring": "KV ring"}
+    parts = [f"{words} {format_size(device[f'{name}_bytes'])}" for name, words in names.items()]
+    return f"{device['name']}: {', '.join(parts)}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dualblade.cli.options import model_options, settings_from
-from dualblade.cli.output import console, emit, json_option
+from dualblade.cli.output import console, describe_device, emit, json_option
 from dualblade.units import format_size
 
 
@@ -34,13 +34,16 @@ def plan(as_json: bool, context: int, **options: Any) -> None:
             batch_size=options["batch_size"],
             dtype=options["dtype"],
             chunk=options["prefill_chunk"],
-        )
+            weights=options["weights"],
+        ),
+        plan_only=True,
     )
     emit(_record(session, context), as_json, _show)
 
 
 def _record(session: Any, context: int) -> dict[str, Any]:
     from dualblade.bench.speeds import storage_seconds
+    from dualblade.forecast import device_bytes
     from dualblade.tensors import PathKind
 
     made = session.plan()
@@ -51,6 +54,10 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "context": context,
         "batch_size": session.options.batch_size,
         "dtype": str(session.dtype).removeprefix("torch."),
+        "weights": session.options.weights,
+        "prefill_chunk": session.chunk,
+        "device": "cpu",
+        "device_bytes": device_bytes(made),
         "memory": {
             "budget_bytes": made.request.budget,
             "weights_bytes": footprint.weights_bytes,
@@ -63,6 +70,7 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         },
         "kv_bytes": sum(spec.tokens * spec.token_bytes for spec in made.specs),
         "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
+        "all_in_page_cache_up_to": session.all_cached_up_to(),
         "prefetch_depth": made.pipeline.prefetch_depth,
         "storage_s_per_token": storage_seconds(
             session.settings.cache_dir, session.settings.nvme, cached, direct
@@ -83,6 +91,8 @@ def _show(record: dict[str, Any]) -> None:
     for name in ("weights", "runtime", "activation", "staging", "tail", "page_cache_share"):
         click.echo(f"  {name.replace('_', ' '):17}{format_size(memory[name + '_bytes']):>10}")
     click.echo(f"  ({memory['page_cache_share_reason']})")
+    click.echo(f"device {describe_device(record['device_bytes'])}")
+    click.echo(_page_cache_words(record))
     for item in record["placements"]:
         where = f"{item['tensor']:13}{item['path']:12}{format_size(item['bytes']):>9}"
         click.echo(f"{where}  {item['reason']}")
@@ -91,3 +101,12 @@ def _show(record: dict[str, Any]) -> None:
         console().print("[dim]no speed is known for this place: `dualblade-spdk bench io` measures it[/dim]")
     else:
         click.echo(f"storage time a decoded token, without overlap: {seconds:.3f} s")
+
+
+def _page_cache_words(record: dict[str, Any]) -> str:
+    tokens = record["all_in_page_cache_up_to"]
+    if tokens is None:
+        return "--kv-path sends every tensor one way, whatever the context"
+    if not tokens:
+        return "at this budget and batch no context keeps all KV in the page cache"
+    return f"all KV stays in the page cache up to a context of {tokens} tokens; beyond, some goes direct"

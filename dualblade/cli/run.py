@@ -12,7 +12,7 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dualblade.cli.options import model_options, settings_from
-from dualblade.cli.output import console, emit, json_option
+from dualblade.cli.output import console, describe_device, emit, json_option
 from dualblade.errors import UsageError
 from dualblade.units import format_size
 
@@ -24,6 +24,7 @@ from dualblade.units import format_size
 @click.option(
     "--prompt-len", type=click.IntRange(min=1), metavar="N", help="N random tokens; prints no text."
 )
+@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--attention", type=click.Choice(["sdpa", "eager"]), default="sdpa", show_default=True)
@@ -59,6 +60,8 @@ def _one_prompt(options: dict[str, Any]) -> None:
             "there is no prompt" if not given else "there is more than one prompt",
             "pass one of --prompt TEXT, --prompt-file FILE and --prompt-len N",
         )
+    if options["chat"] and options["prompt_len"]:
+        raise UsageError("random tokens are no chat", "leave out --chat or --prompt-len")
 
 
 def _run_options(options: dict[str, Any]) -> Any:
@@ -79,6 +82,8 @@ def _run_options(options: dict[str, Any]) -> Any:
         dtype=options["dtype"],
         attention=options["attention"],
         chunk=options["prefill_chunk"],
+        weights=options["weights"],
+        chat=options["chat"],
         verify=options["verify"],
         sampling=Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"]),
     )
@@ -147,6 +152,7 @@ def show_summary(record: dict[str, Any]) -> None:
 def _closing_lines(record: dict[str, Any]) -> list[str]:
     memory, pipeline, direct = record["memory"], record["pipeline"], record["paths"]["direct"]
     lines = [
+        f"device {describe_device(record['device_bytes'])}",
         f"prefill {record['prefill_s']:.2f} s, decode {record['decode_s_per_token'] * 1000:.1f} ms a token, "
         f"waited for storage {pipeline['stall_s']:.2f} s",
         f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}, "

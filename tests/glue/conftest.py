@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
 from media import open_queue
+
 from spdk_glue import Queue, Region
 
 ENGINES = [

@@ -43,7 +43,7 @@ def open_queue(
             yield queue
         return
     flags = os.O_DIRECT if engine == "uring" else 0
-    with open_file(folder, capacity, flags) as fd, Queue.files([fd], options) as queue:
+    with open_file(folder, capacity, flags) as fd, Queue.files([fd], options, "uring") as queue:
         yield queue
 
 

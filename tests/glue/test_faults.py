@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from media import CAPACITY, array, noise, open_file, read_back, tasks, write_bytes
+
 from spdk_glue import (
     PAGE,
     READ,
@@ -43,18 +43,20 @@ def failure(queue: Queue, op: int, pieces: list[Piece]) -> Completion:
 @pytest.mark.parametrize("workers", [False, True])
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
 @pytest.mark.parametrize("size", [16 * PAGE, 16 * PAGE + 100, 15 * PAGE + 512, 0])
-def test_a_read_across_the_end_of_a_file_fails(tmp_path: Path, regions, size: int, flags: int, workers: bool) -> None:
+def test_a_read_across_the_end_of_a_file_fails(
+    tmp_path: Path, regions, size: int, flags: int, workers: bool
+) -> None:
     region = regions(32 * PAGE)
-    with open_file(tmp_path, size, flags) as fd:
-        with Queue.files([fd], QueueOptions(command_bytes=4 * PAGE, workers=workers)) as queue:
-            record = failure(queue, READ, [plain(0, region.address, 32 * PAGE)])
-            assert record.result in (-errno.ENODATA, -errno.EINVAL)
-            assert record.offset >= size // (4 * PAGE) * (4 * PAGE)
-            record = failure(queue, READ, [plain(32 * PAGE, region.address, PAGE)])
-            assert record.result == -errno.ENODATA
-            assert record.offset == 32 * PAGE
-            if size >= 15 * PAGE:
-                assert queue.run(READ, [plain(0, region.address, 15 * PAGE)]).result == 15 * PAGE
+    options = QueueOptions(command_bytes=32 * PAGE, workers=workers)
+    with open_file(tmp_path, size, flags) as fd, Queue.files([fd], options) as queue:
+        record = failure(queue, READ, [plain(0, region.address, 32 * PAGE)])
+        assert record.result in (-errno.ENODATA, -errno.EINVAL)
+        assert record.offset == size
+        record = failure(queue, READ, [plain(32 * PAGE, region.address, PAGE)])
+        assert record.result == -errno.ENODATA
+        assert record.offset == 32 * PAGE
+        if size >= 15 * PAGE:
+            assert queue.run(READ, [plain(0, region.address, 15 * PAGE)]).result == 15 * PAGE
 
 
 @pytest.mark.needs("uring", "o_direct")
@@ -74,7 +76,12 @@ def test_past_the_end_of_a_medium_in_ram(regions) -> None:
     with Queue.memory(CAPACITY) as queue:
         for op in (READ, WRITE):
             record = failure(queue, op, [plain(CAPACITY - PAGE, region.address, 2 * PAGE)])
-            assert (record.result, record.offset, record.sct, record.sc) == (-errno.EIO, CAPACITY - PAGE, 0, 0x80)
+            assert (record.result, record.offset, record.sct, record.sc) == (
+                -errno.EIO,
+                CAPACITY - PAGE,
+                0,
+                0x80,
+            )
         assert read_back(queue) == bytes(CAPACITY)
 
 
@@ -86,7 +93,9 @@ def test_the_wrong_kind_of_descriptor(tmp_path: Path, regions, flags: int) -> No
         fd = os.open(tmp_path / "medium", flags)
         with Queue.files([fd]) as queue:
             wrong = WRITE if flags == os.O_RDONLY else READ
-            assert failure(queue, wrong, [plain(PAGE, region.address, PAGE)]) == Completion(1, -errno.EBADF, PAGE)
+            assert failure(queue, wrong, [plain(PAGE, region.address, PAGE)]) == Completion(
+                1, -errno.EBADF, PAGE
+            )
             queue.run(READ + WRITE - wrong, [plain(0, region.address, PAGE)])
         os.close(fd)
 
@@ -106,11 +115,21 @@ def test_the_record_names_the_command_that_failed(regions) -> None:
     region = regions(16 * PAGE)
     with Queue.memory(CAPACITY, PAGE_COMMANDS) as queue:
         queue.fault("error", READ, lo=7 * PAGE, hi=8 * PAGE, sct=2, sc=0x81)
-        tag = queue.submit(READ, [plain(4 * PAGE, region.address, 2 * PAGE), plain(6 * PAGE, region.address, 9 * PAGE)])
+        tag = queue.submit(
+            READ, [plain(4 * PAGE, region.address, 2 * PAGE), plain(6 * PAGE, region.address, 9 * PAGE)]
+        )
         with pytest.raises(TransferError, match=r"at byte 28672, NVMe status sct=0x2 sc=0x81") as caught:
             queue.wait(tag)
         assert caught.value.completion == Completion(tag, -errno.EIO, 7 * PAGE, 2, 0x81)
         assert queue.run(READ, [plain(0, region.address, 16 * PAGE)]).result == 16 * PAGE
+
+
+def test_a_transfer_that_failed_starts_nothing_more(regions) -> None:
+    region = regions(16 * PAGE)
+    with Queue.memory(CAPACITY, QueueOptions(queue_depth=1, command_bytes=PAGE)) as queue:
+        queue.fault("error", READ, lo=2 * PAGE, hi=3 * PAGE)
+        assert failure(queue, READ, [plain(0, region.address, 16 * PAGE)]).offset == 2 * PAGE
+        assert queue.stats().commands == 3
 
 
 def test_skip_and_count(regions) -> None:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from media import CAPACITY, array, open_file, read_back
 
-from media import CAPACITY, array, read_back
 from spdk_glue import PAGE, READ, WRITE, MemOptions, Piece, Queue, QueueOptions, Region, plain
 
 PAGES = 8
@@ -128,3 +131,15 @@ def test_nobody_waits_for_other_bytes(regions) -> None:
         for number in range(1, 20):
             queue.run(WRITE, [plain(number * PAGE, region.address, PAGE)])
         assert not queue.is_done(blocked)
+
+
+@pytest.mark.needs("uring")
+def test_the_same_bytes_of_another_file_are_others(tmp_path: Path, regions) -> None:
+    """A pipe that nobody writes to holds up its own readers alone."""
+    region = regions(PAGE)
+    read_end, write_end = os.pipe()
+    with open_file(tmp_path) as fd, Queue.files([read_end, fd], QueueOptions(drain_ms=0)) as queue:
+        queue.submit(READ, [plain(0, region.address, PAGE, 0)])
+        assert queue.run(WRITE, [plain(0, region.address, PAGE, 1)]).result == PAGE
+    for end in (read_end, write_end):
+        os.close(end)

@@ -8,8 +8,8 @@ import gc
 from pathlib import Path
 
 import pytest
-
 from media import array, python
+
 from spdk_glue import PAGE, GlueError, Region
 
 HUGE = 2 << 20

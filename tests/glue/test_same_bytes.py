@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from media import CAPACITY, array, gather, noise, open_file, python, read_back, scatter, write_bytes
+
 from spdk_glue import PAGE, READ, WRITE, Piece, Queue, QueueOptions, Region, plain
 
 MEMORY = 512 * PAGE
@@ -31,7 +31,9 @@ def geometries(draw: st.DrawFn) -> list[Piece]:
         address += PAGE * draw(st.integers(0, 3))
         gap = PAGE * draw(st.integers(0, 2))
         head_stride, block_stride = draw(
-            st.sampled_from([(blocks * run + gap, run), (run, heads * run + gap), (run + gap, heads * (run + gap))])
+            st.sampled_from(
+                [(blocks * run + gap, run), (run, heads * run + gap), (run + gap, heads * (run + gap))]
+            )
         )
         piece = Piece(offset, address, head_stride, block_stride, run, heads, blocks)
         pieces.append(piece)
@@ -70,7 +72,10 @@ def test_strided_pieces(opened, pieces, command_pages, depth, seed, registered) 
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
 def test_an_independent_reader_sees_it_too(tmp_path: Path, flags: int) -> None:
     data = noise(CAPACITY).tobytes()
-    with open_file(tmp_path, flags=flags) as fd, Queue.files([fd], QueueOptions(command_bytes=3 * PAGE)) as queue:
+    with (
+        open_file(tmp_path, flags=flags) as fd,
+        Queue.files([fd], QueueOptions(command_bytes=3 * PAGE)) as queue,
+    ):
         write_bytes(queue, 0, data)
         assert (tmp_path / "medium").read_bytes() == data
 
@@ -91,7 +96,11 @@ def test_more_segments_than_the_kernel_takes(opened) -> None:
 
 def test_thousands_of_small_transfers(opened) -> None:
     pages = CAPACITY // PAGE
-    with opened(QueueOptions(max_transfers=48)) as queue, Region(CAPACITY) as source, Region(CAPACITY) as target:
+    with (
+        opened(QueueOptions(max_transfers=48)) as queue,
+        Region(CAPACITY) as source,
+        Region(CAPACITY) as target,
+    ):
         array(source)[:] = noise(source.size)
         order = np.random.default_rng(1).permutation(np.repeat(np.arange(pages), 8)).tolist()
         tags = []
@@ -110,7 +119,10 @@ def test_null_answers_everything_and_moves_nothing(regions) -> None:
     with Queue.null(QueueOptions(queue_depth=4, command_bytes=3 * PAGE, max_transfers=8)) as queue:
         for op in [WRITE, READ] * 500:
             strided = Piece(0, region.address, 16 * PAGE, PAGE, PAGE, 4, 3)
-            assert queue.run(op, [strided, plain(1 << 40, region.address, CAPACITY)]).result == 12 * PAGE + CAPACITY
+            assert (
+                queue.run(op, [strided, plain(1 << 40, region.address, CAPACITY)]).result
+                == 12 * PAGE + CAPACITY
+            )
         queue.flush()
         assert queue.stats().read_bytes == queue.stats().write_bytes == 500 * (12 * PAGE + CAPACITY)
     assert (array(region) == 7).all()
@@ -124,19 +136,45 @@ def test_several_files(tmp_path: Path, regions) -> None:
         folder.mkdir()
     region = regions(3 * PAGE)
     array(region)[:] = noise(region.size)
-    with open_file(folders[0]) as a, open_file(folders[1], flags=0) as b, open_file(folders[2]) as c:
-        with Queue.files([a, b, c]) as queue:
-            queue.run(WRITE, [plain(PAGE, region.address + n * PAGE, PAGE, n) for n in range(3)])
-            queue.flush()
+    with (
+        open_file(folders[0]) as a,
+        open_file(folders[1], flags=0) as b,
+        open_file(folders[2]) as c,
+        Queue.files([a, b, c]) as queue,
+    ):
+        queue.run(WRITE, [plain(PAGE, region.address + n * PAGE, PAGE, n) for n in range(3)])
+        queue.flush()
     for number, folder in enumerate(folders):
         assert (folder / "medium").read_bytes()[PAGE : 2 * PAGE] == bytes(region.buffer(number * PAGE, PAGE))
+
+
+@pytest.mark.needs("uring")
+def test_a_command_that_comes_back_short_goes_on(regions) -> None:
+    """A pipe answers with what is in it, which ends anywhere in a run."""
+    data = noise(48 * PAGE)
+    source, target = regions(48 * PAGE), regions(96 * PAGE)
+    array(source)[:] = data
+    read_end, write_end = os.pipe()
+    with Queue.files([read_end], QueueOptions(command_bytes=48 * PAGE)) as queue:
+        tag = queue.submit(READ, [Piece(0, target.address, 32 * PAGE, 4 * PAGE, 2 * PAGE, 3, 8)])
+        for begin in range(0, len(data), 3000):
+            os.write(write_end, data[begin : begin + 3000].tobytes())
+        assert queue.wait(tag).result == len(data)
+    memory = np.zeros(target.size, np.uint8)
+    scatter(data, memory, [Piece(0, 0, 32 * PAGE, 4 * PAGE, 2 * PAGE, 3, 8)], 0)
+    assert np.array_equal(array(target), memory)
+    for fd in (read_end, write_end):
+        os.close(fd)
 
 
 @pytest.mark.needs("uring")
 def test_workers_copy_from_a_buffered_file(tmp_path: Path, regions) -> None:
     data = noise(CAPACITY).tobytes()
     region = regions(CAPACITY)
-    with open_file(tmp_path, flags=0) as fd, Queue.files([fd], QueueOptions(16, 4 * PAGE, workers=True)) as queue:
+    with (
+        open_file(tmp_path, flags=0) as fd,
+        Queue.files([fd], QueueOptions(16, 4 * PAGE, workers=True)) as queue,
+    ):
         write_bytes(queue, 0, data)
         for _ in range(20):
             array(region)[:] = 0

@@ -15,8 +15,8 @@ from families import model_of
 from dualblade import DualBladeCache
 from dualblade.errors import ConfigError, ModelError, StorageError
 from dualblade.settings import CacheSettings
-from dualblade.tensors import PathKind
-from spdk_glue import READ, WRITE
+from dualblade.tensors import PathKind, TensorKey
+from spdk_glue import READ, WRITE, Region, plain
 
 TOKENS = 300
 
@@ -85,6 +85,36 @@ def test_a_hung_medium_is_an_error_in_time(tmp_path: Path) -> None:
         cache.storage.paths[PathKind.DIRECT].queue.fault("hang", READ, skip=3)
         with pytest.raises(StorageError, match="no answer"):
             generate(cache)
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_lying_medium_is_caught_by_checksums(tmp_path: Path, checksum: bool) -> None:
+    """Somebody else writes to one block; the medium returns that without an error."""
+    with DualBladeCache(
+        model_of("llama", torch.float32).config,
+        nvme="mem:64M",
+        mem_budget="8G",
+        kv_path="direct",
+        max_tokens=TOKENS,
+        batch_size=1,
+        dtype=torch.float32,
+        cache_dir=tmp_path,
+        checksum=checksum,
+    ) as cache:
+        before = generate(cache, new=2)
+        tensor = cache.storage.store.tensors[TensorKey(1, "V")]
+        cache.storage.store.flush()
+        with Region(4096) as foreign:
+            foreign.buffer()[:] = os.urandom(4096)
+            offset = tensor.offset_of(2)
+            cache.storage.paths[PathKind.DIRECT].queue.run(WRITE, [plain(offset, foreign.address, 4096)])
+        rows = torch.ones(1, 2, 1, 16)
+        if not checksum:
+            cache.update(rows, rows, 1)  # which is why the option exists
+            return
+        with pytest.raises(StorageError, match=rf"block 2 of layer 1 V at LBA {offset // 4096} is not what was written"):
+            cache.update(rows, rows, 1)
+        assert before.shape[1] == 202
 
 
 def test_closing_leaves_no_file_and_no_thread(direct_dir: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dualblade.cli.main import main
-from dualblade.models import TINY
+from dualblade.zoo import TINY
 
 PROGRAM = [sys.executable, "-m", "dualblade.cli.main"]
 SAMPLE = TINY.parent / "sample.txt"

@@ -40,8 +40,9 @@ class CacheMachine(RuleBasedStateMachine):
         depth=st.integers(0, 3),
         policy=st.sampled_from(["spread", "first-fit"]),
         share=st.sampled_from(["4K", "40K", "400K"]),
+        checksum=st.booleans(),
     )
-    def open(self, layers, batch, dtype, known, depth, policy, share) -> None:
+    def open(self, layers, batch, dtype, known, depth, policy, share, checksum) -> None:
         self.layers, self.batch, self.dtype = layers, batch, dtype
         self.options = {
             "nvme": "mem:64M",
@@ -51,6 +52,7 @@ class CacheMachine(RuleBasedStateMachine):
             "prefetch_depth": depth,
             "cache_dir": self.folder,
             "dtype": dtype,
+            "checksum": checksum,
         }
         if known:
             self.options |= {"max_tokens": 700, "batch_size": batch}

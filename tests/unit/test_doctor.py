@@ -37,8 +37,8 @@ def machine(root: Path, **files: str) -> Host:
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which every check passes, and no second spent on importing torch."""
-    monkeypatch.setattr(doctor, "built_engines", lambda: (["uring", "mem", "null"], None))
-    monkeypatch.setattr(doctor, "try_ring", lambda: None)
+    monkeypatch.setattr(doctor, "built_engines", lambda: (["uring", "posix", "mem", "null"], None))
+    monkeypatch.setattr(doctor, "try_ring", lambda: (None, None))
     for name in ("filesystem", "direct_io", "free_space"):
         monkeypatch.setattr(checks, name, lambda _, name=name: Check(name.replace("_", " "), OK, "good"))
     for name in ("memlock", "memory_cgroup", "hugepages", "swap", "torch", "spdk"):
@@ -71,7 +71,7 @@ def test_a_failure_shows_its_fix(
 def test_an_engine_without_uring_skips_the_ring(
     healthy: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "built_engines", lambda: (["mem", "null"], None))
+    monkeypatch.setattr(doctor, "built_engines", lambda: (["posix", "mem", "null"], None))
     monkeypatch.setattr(doctor, "try_ring", lambda: pytest.fail("a ring was opened"))
     names = [check.name for check in doctor.examine(tmp_path)]
     assert "io_uring" not in names
@@ -96,21 +96,43 @@ def test_python() -> None:
 
 
 def test_engine() -> None:
-    assert checks.c_engine(["uring", "mem", "null"], None, "make setup").state == OK
-    without = checks.c_engine(["mem", "null"], None, "make setup")
-    assert (without.state, without.fix) == (FAIL, "apt-get install liburing-dev pkg-config && make setup")
+    assert checks.c_engine(["uring", "posix", "mem", "null"], None, "make setup").state == OK
+    without = checks.c_engine(["posix", "mem", "null"], None, "make setup")
+    assert "posix threads" in without.detail
+    assert (without.state, without.fix) == (WARN, "apt-get install liburing-dev pkg-config && make setup")
     absent = checks.c_engine([], "the C engine is not built", "make setup")
     assert absent == Check("engine", FAIL, "the C engine is not built", "make setup")
 
 
-def test_io_uring(tmp_path: Path) -> None:
-    host = machine(tmp_path, proc__sys__kernel__io_uring_disabled="2\n")
-    off = checks.io_uring("Operation not permitted", host)
-    assert (off.state, off.fix) == (FAIL, "sysctl -w kernel.io_uring_disabled=0")
-    assert checks.io_uring(None, host).state == OK
-    filtered = checks.io_uring("Operation not permitted", Host(tmp_path / "older"))
-    assert filtered.state == FAIL
-    assert "seccomp" in str(filtered.fix)
+@pytest.mark.parametrize(
+    ("setting", "seccomp", "error", "fix"),
+    [
+        ("2", "0", errno.EPERM, "sysctl -w kernel.io_uring_disabled=0"),
+        ("1", "2", errno.EPERM, "sysctl -w kernel.io_uring_disabled=0"),
+        ("0", "2", errno.EPERM, "seccomp=unconfined"),
+        ("0", "2", errno.ENOSYS, "seccomp=unconfined"),
+        ("0", "0", errno.ENOSYS, "Linux 5.19"),
+        ("0", "0", errno.ENOMEM, "ulimit -l"),
+    ],
+)
+def test_io_uring_refused_is_a_warning(
+    tmp_path: Path, setting: str, seccomp: str, error: int, fix: str
+) -> None:
+    host = machine(
+        tmp_path,
+        proc__sys__kernel__io_uring_disabled=f"{setting}\n",
+        proc__self__status=f"NoNewPrivs:\t0\nSeccomp:\t{seccomp}\nSeccomp_filters:\t1\n",
+    )
+    check = checks.io_uring(OSError(error, os.strerror(error)), "the reason", host)
+    assert check.state == WARN
+    assert check.detail.startswith("the reason; posix threads")
+    assert fix in str(check.fix)
+
+
+def test_io_uring() -> None:
+    assert checks.io_uring(None).state == OK
+    out_of_files = checks.io_uring(OSError(errno.EMFILE, "Too many open files"), None)
+    assert (out_of_files.state, out_of_files.fix) == (FAIL, "ulimit -n 65536")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ specs = st.builds(
     lambda batch, heads, head_dim, itemsize, tokens: TensorSpec(
         TensorKey(0, "K"), batch, heads, head_dim, itemsize, tokens
     ),
-    st.integers(1, 16), st.integers(1, 64), st.integers(1, 512), st.sampled_from([1, 2, 4]), st.integers(1, 1 << 20),
+    st.integers(1, 16), st.integers(1, 64), st.integers(1, 512), st.sampled_from([1, 2, 4]),
+    st.integers(1, 1 << 20),
 )  # fmt: skip
 tokens = st.integers(0, 1 << 21)
 

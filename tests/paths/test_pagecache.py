@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page-cache path's files: private, unlinked, on a disk, with their space allocated."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dualblade.errors import CapacityError, TargetError
+from dualblade.paths import pagecache
+from dualblade.paths.pagecache import FILES, PageCachePath
+from dualblade.tensors import TensorKey
+from dualblade.units import GIB, MIB
+from spdk_glue import PAGE, READ, WRITE, Region, plain
+
+pytestmark = pytest.mark.needs("uring")
+KEYS = [TensorKey(layer, kind) for layer in range(4) for kind in "KV"]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[PageCachePath]:
+    path = PageCachePath(tmp_path)
+    yield path
+    path.close()
+
+
+def open_things() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def allocated(path: PageCachePath) -> int:
+    return sum(os.fstat(fd).st_blocks * 512 for fd in path.fds)
+
+
+# the files ----------------------------------------------------------------------------------
+
+
+def test_nothing_shows_in_the_folder(path: PageCachePath, tmp_path: Path) -> None:
+    path.allocate([(key, MIB) for key in KEYS])
+    assert list(tmp_path.iterdir()) == []
+    for fd in path.fds:
+        status = os.fstat(fd)
+        assert status.st_nlink == 0
+        assert stat.S_IMODE(status.st_mode) == 0o600
+        assert not os.get_inheritable(fd)
+
+
+def test_a_filesystem_without_nameless_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file gets a name that is gone at once, and the same mode."""
+    real = os.open
+
+    def no_tmpfile(name: object, flags: int, *rest: object, **options: object) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(name, flags, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", no_tmpfile)
+    path = PageCachePath(tmp_path)
+    test_nothing_shows_in_the_folder(path, tmp_path)
+    path.close()
+
+
+def test_a_permissive_umask_changes_nothing(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        path = PageCachePath(tmp_path)
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(os.fstat(fd).st_mode) for fd in path.fds} == {0o600}
+    path.close()
+
+
+def test_closing_frees_descriptors_threads_and_space(tmp_path: Path) -> None:
+    before = open_things()
+    path = PageCachePath(tmp_path)
+    path.allocate([(KEYS[0], 64 * MIB)])
+    assert path.close() == 0
+    assert path.close() == 0
+    assert open_things() == before
+
+
+# rooms --------------------------------------------------------------------------------------
+
+
+def test_rooms_do_not_overlap_and_their_space_is_there(path: PageCachePath) -> None:
+    first = path.allocate([(key, (number + 1) * MIB) for number, key in enumerate(KEYS)])
+    second = path.allocate([(key, 16 * PAGE) for key in KEYS])
+    rooms = sorted(first + second, key=lambda room: (room.file, room.offset))
+    for left, right in pairwise(rooms):
+        assert left.file != right.file or left.offset + left.nbytes <= right.offset
+    total = sum(room.nbytes for room in rooms)
+    assert total == 36 * MIB + 8 * 16 * PAGE
+    assert allocated(path) >= total
+    assert sum(os.fstat(fd).st_size for fd in path.fds) == total
+
+
+def test_neighbours_lie_in_different_files(path: PageCachePath) -> None:
+    rooms = path.allocate([(key, MIB) for key in KEYS])
+    assert [room.file for room in rooms[:FILES]] == list(range(FILES))
+    assert {room.file for room in rooms[FILES:]} == set(range(FILES))
+
+
+def test_rooms_hold_what_is_written_to_them(path: PageCachePath) -> None:
+    rooms = path.allocate([(key, MIB) for key in KEYS])
+    with Region(MIB) as region:
+        for number, room in enumerate(rooms):
+            region.buffer()[:] = bytes([number + 1]) * MIB
+            path.transfer(WRITE, room.key, [plain(room.offset, region.address, MIB, room.file)]).wait()
+        for number, room in enumerate(rooms):
+            path.transfer(READ, room.key, [plain(room.offset, region.address, MIB, room.file)]).wait()
+            assert bytes(region.buffer()) == bytes([number + 1]) * MIB
+
+
+def test_released_space_comes_back(path: PageCachePath) -> None:
+    rooms = path.allocate([(key, 4 * MIB) for key in KEYS])
+    path.release(rooms)
+    assert allocated(path) < MIB
+    again = path.allocate([(key, MIB) for key in KEYS])
+    assert min(room.offset for room in again) == 0
+
+
+# places that will not do --------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="need a tmpfs at /dev/shm")
+def test_a_folder_in_memory_is_refused() -> None:
+    before = open_things()
+    with pytest.raises(TargetError, match="/dev/shm is in memory, not on a disk") as caught:
+        PageCachePath(Path("/dev/shm"))
+    assert "--cache-dir" in str(caught.value.hint)
+    assert open_things() == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"), [("missing", "No such file or directory"), ("file", "Not a directory")]
+)
+def test_a_folder_that_is_none(tmp_path: Path, folder: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    before = open_things()
+    with pytest.raises(TargetError, match=rf"{folder}: {reason}"):
+        PageCachePath(tmp_path / folder)
+    assert open_things() == before
+
+
+def test_a_folder_that_refuses_files() -> None:
+    """Nobody, root included, makes files in /proc/self."""
+    with pytest.raises(TargetError, match="cannot make files in /proc/self"):
+        PageCachePath(Path("/proc/self"))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 24 MiB of this test's own."""
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    image.write_bytes(b"")
+    os.truncate(image, 24 * MIB)
+    made = subprocess.run(["mkfs.ext4", "-q", "-F", "-m0", str(image)], capture_output=True, check=False)
+    mounted = made.returncode == 0 and subprocess.run(
+        ["mount", "-o", "loop", str(image), str(folder)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("need loop: a small filesystem cannot be mounted here")
+    yield folder
+    # Lazily: the kernel lets a closed ring's files go a little later.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def room_left(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+@pytest.mark.needs("root")
+def test_a_full_disk(small_disk: Path, stack: ExitStack) -> None:
+    """All or none: what does not fit leaves the disk, and the rooms that there are, as they were."""
+    path = PageCachePath(small_disk)
+    stack.callback(path.close)
+    kept = path.allocate([(KEYS[0], MIB)])
+    before = room_left(small_disk)
+    for wanted in ([(KEYS[1], GIB)], [(key, 4 * MIB) for key in KEYS]):
+        with pytest.raises(CapacityError, match=r"has no room for .* of KV files: No space left on device"):
+            path.allocate(wanted)
+        assert abs(room_left(small_disk) - before) < MIB // 2  # blocks of the filesystem's own come and go
+    assert sum(os.fstat(fd).st_size for fd in path.fds) == MIB
+    more = path.allocate([(key, MIB) for key in KEYS])
+    assert {(room.file, room.offset) for room in kept}.isdisjoint((room.file, room.offset) for room in more)
+
+
+def test_a_disk_that_fills_up_half_way(path: PageCachePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that got their space already give it back."""
+    path.allocate([(key, MIB) for key in KEYS])
+    sizes = [os.fstat(fd).st_size for fd in path.fds]
+    real = os.posix_fallocate
+
+    def fails_on_the_last(fd: int, offset: int, nbytes: int) -> None:
+        if fd == path.fds[-1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd, offset, nbytes)
+
+    monkeypatch.setattr(pagecache.os, "posix_fallocate", fails_on_the_last)
+    with pytest.raises(CapacityError, match="no room for 8 MiB"):
+        path.allocate([(key, MIB) for key in KEYS])
+    monkeypatch.undo()
+    assert [os.fstat(fd).st_size for fd in path.fds] == sizes
+    assert len({(room.file, room.offset) for room in path.allocate([(key, MIB) for key in KEYS])}) == 8
