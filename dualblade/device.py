@@ -30,7 +30,7 @@ class CpuDevice:
 
     def write_rows(self, rows: torch.Tensor, out: torch.Tensor, at: int) -> None:
         """New rows [batch, KV head, tokens, head_dim] to tokens [at, at + tokens) of `out`."""
-        batch, heads, tokens, head_dim = rows.shape
+        batch, heads, tokens, _ = rows.shape
         target = out.view(-1, heads, *out.shape[1:])[:batch]
         target[:, :, at : at + tokens].copy_(rows)
 

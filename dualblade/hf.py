@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dualblade.device import CpuDevice
-from dualblade.errors import ConfigError, DualBladeError, ModelError
+from dualblade.errors import ConfigError, ModelError
 from dualblade.layers import kv_specs, layer_shapes
 from dualblade.offload import Offload
 from dualblade.settings import CacheSettings
@@ -47,9 +47,7 @@ class OffloadedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys = self._cache.exchange(TensorKey(self._index, "K"), key_states)
-        values = self._cache.exchange(TensorKey(self._index, "V"), value_states)
-        return keys, values
+        return self._cache.exchange_both(self._index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -174,11 +172,21 @@ class DualBladeCache(Cache):
 
     # the life of a token --------------------------------------------------------------------
 
-    def exchange(self, key: TensorKey, rows: torch.Tensor) -> torch.Tensor:
+    def exchange_both(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to K and V of a layer and return all of both."""
+        both = ((TensorKey(layer, "K"), keys), (TensorKey(layer, "V"), values))
+        for key, rows in both:
+            self._check_rows(key, rows)
+        with self.storage.store.failing():  # an interrupt between the two leaves K longer than V
+            all_keys, all_values = (self._exchange(key, rows) for key, rows in both)
+        return all_keys, all_values
+
+    def _exchange(self, key: TensorKey, rows: torch.Tensor) -> torch.Tensor:
         """Append `rows` to one tensor and return all of it, [batch, KV head, tokens, head_dim]."""
         begun = time.perf_counter()
         store, device = self.storage.store, self._device
-        self._check_rows(key, rows)
         assert device is not None
         count = rows.shape[-2]
         before = store.tensors[key].tokens

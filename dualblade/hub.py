@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -82,8 +83,14 @@ def _local(repo: str, patterns: Sequence[str]) -> Path | None:
 # the network --------------------------------------------------------------------------------
 
 
+def _quiet_unless_watched() -> None:
+    """Sixteen GiB want a progress bar, a log does not."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
 def _download(repo: str, patterns: Sequence[str], ignore: Sequence[str] = NEVER) -> Path:
-    disable_progress_bars()
+    _quiet_unless_watched()
     HfApi().model_info(repo, timeout=TIMEOUT_S)  # fails sooner, and says more, than the download does
     return Path(
         snapshot_download(
@@ -93,7 +100,7 @@ def _download(repo: str, patterns: Sequence[str], ignore: Sequence[str] = NEVER)
 
 
 def _download_weights(repo: str) -> Path:
-    disable_progress_bars()
+    _quiet_unless_watched()
     info = HfApi().model_info(repo, timeout=TIMEOUT_S, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     for form in FORMS:

@@ -35,7 +35,7 @@ class Checksums:
     def verify(
         self, rows: memoryview, head_stride: int, count: int, lba_of: Callable[[int], int], first: int = 0
     ) -> None:
-        """`rows` holds blocks [first, first + count), as they were read. lba_of(block): where it lies, in bytes.
+        """`rows` holds blocks [first, first + count), as they were read. lba_of(block): its byte offset.
 
         Raises StorageError naming the first block that is not what was written.
         """
@@ -43,7 +43,8 @@ class Checksums:
             if self._block(rows, head_stride, block - first) != self._blocks[block]:
                 lba = lba_of(block) // PAGE
                 raise StorageError(
-                    f"block {block} of {self._key} at LBA {lba} is not what was written there (checksum differs)",
+                    f"block {block} of {self._key} at LBA {lba} is not what was written there: "
+                    "its checksum differs",
                     "the drive returned corrupt, stale or foreign data; check it before using it again",
                     tensor=str(self._key),
                     lba=lba,

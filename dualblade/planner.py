@@ -107,7 +107,8 @@ def _plan_staging(
         f"activations {format_size(request.activations)}, one layer's K and V {format_size(2 * slot_bytes)}"
     )
     raise BudgetError(
-        f"a memory budget of {format_size(request.budget)} is too small: {format_size(need)} is needed ({parts})",
+        f"a memory budget of {format_size(request.budget)} is too small: "
+        f"{format_size(need)} is needed ({parts})",
         f"pass --mem-budget {as_option(need)} or more, or lower the context or the batch",
     )
 

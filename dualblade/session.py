@@ -12,6 +12,7 @@ from dualblade import loading, models, runner
 from dualblade.errors import ConfigError, DualBladeError, UsageError
 from dualblade.forecast import Forecast, check_machine, device_bytes
 from dualblade.hf import DualBladeCache
+from dualblade.host.heap import return_large_blocks
 from dualblade.host.sysfs import Host
 from dualblade.planner import RunPlan
 from dualblade.residency import take_snapshot
@@ -119,6 +120,7 @@ class Session:
         """The record of `run --json`. Everything is reserved before the weights are loaded, so what
         cannot work is refused at once."""
         self.plan()
+        return_large_blocks()
         folder = None if self.dummy else self._weight_folder()
         with DualBladeCache(
             self.config,

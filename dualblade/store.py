@@ -114,7 +114,7 @@ class KVStore:
         Raises StorageError; from then on every call raises the same.
         """
         tensor = self.tensors[key]
-        with self._failing():
+        with self.failing():
             self._enter_layer(key.layer, tensor.tokens + extra)
             slot = self._in_use[key]
             self._await(tensor, slot)
@@ -122,7 +122,7 @@ class KVStore:
         return slot
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
+    def failing(self) -> Iterator[None]:
         """Whatever fails here fails the store for good: what it holds may be incomplete."""
         if self.failure is not None:
             raise self.failure
@@ -243,7 +243,7 @@ class KVStore:
         tensor = self.tensors[key]
         if self._in_use.get(key) is not slot or tensor.tokens + count > self.capacity:
             raise ValueError(f"{slot} was not loaded for {key} and {count} more tokens")
-        with self._failing():
+        with self.failing():
             old = tensor.full
             tensor.tokens += count
             if tensor.full > old:
@@ -294,7 +294,7 @@ class KVStore:
         """
         tensor = self.tensors[key]
         full = tensor.layout.full_blocks(tokens)
-        with self._failing():
+        with self.failing():
             if full < tensor.full and tokens % tensor.layout.block_tokens:
                 self._await_writes(tensor)
                 self._read_tail(tensor, full)
@@ -313,7 +313,7 @@ class KVStore:
         if not tensor.tokens:
             return
         slot = self.load(key)
-        with self._failing():
+        with self.failing():
             change(slot.view, tensor.tokens)
             self._write(tensor, slot, 0, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)
@@ -337,7 +337,7 @@ class KVStore:
 
     def flush(self) -> None:
         """Wait for everything under way. Raises StorageError."""
-        with self._failing():
+        with self.failing():
             self._leave_layer()
             self._drop_prefetched()
             self.pool.drain()

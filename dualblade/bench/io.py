@@ -76,6 +76,20 @@ def run_io_bench(bench: IoBench, say: Callable[[str], None]) -> dict[str, Any]:
     return record | _summary(rounds) | {"software": software_cost(bench.options), "measured": rounds}
 
 
+def drive_limit(bench: IoBench) -> float:
+    """GiB/s of the engine reading sequentially, the better of two passes."""
+    with (
+        _random_file(bench, lambda text: None) as (_, fd),
+        Queue.files([fd], bench.options) as queue,
+        Region(TENSOR_BYTES) as region,
+    ):
+        _touch(region)
+        queue.register(region)
+        speed = max(_engine(bench, queue, region, READ) for _ in range(2))
+        queue.unregister(region)
+    return speed
+
+
 @contextmanager
 def _random_file(bench: IoBench, say: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
     """A file written once with random bytes: holes and zeros would prove nothing."""

@@ -71,6 +71,37 @@ def policy(as_json: bool, cache_dir: Path | None, rounds: int) -> None:
     emit(record, as_json, _show_policy)
 
 
+@bench.command(epilog="Example: dualblade-spdk bench context --upto 65536")
+@click.option(
+    "--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the files are made."
+)
+@click.option("--upto", type=click.IntRange(4096, 1 << 20), default=65536, show_default=True, metavar="N")
+@json_option
+def context(as_json: bool, cache_dir: Path | None, upto: int) -> None:
+    """Seconds a decoded token as the context grows, beside what the drive allows."""
+    from dualblade.bench.context import ContextBench, run_context_bench
+
+    screen = console()
+    contexts = tuple(1 << power for power in range(12, upto.bit_length()) if 1 << power <= upto)
+    made = ContextBench(cache_dir or default_cache_dir(), contexts)
+    record = run_context_bench(made, lambda text: screen.print(f"[dim]{text}[/dim]"))
+    emit(record, as_json, _show_context)
+
+
+def _show_context(record: dict[str, Any]) -> None:
+    rows = [
+        (
+            row["context"],
+            f"{row['read_bytes_per_token'] / MIB:.0f}",
+            f"{row['s_per_token'] * 1000:.0f}",
+            f"{row['floor_s'] * 1000:.0f}",
+            f"{row['s_per_token_vs_floor']:.2f}",
+        )
+        for row in record["rows"]
+    ]
+    table(("context", "MiB read a token", "ms a token", "ms at the drive's limit", "ratio"), rows)
+
+
 def _show_policy(record: dict[str, Any]) -> None:
     rows = [
         (

@@ -54,7 +54,7 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "context": context,
         "batch_size": session.options.batch_size,
         "dtype": str(session.dtype).removeprefix("torch."),
-        "weights": session.options.weights,
+        "weights": "dummy" if session.dummy else "real",
         "prefill_chunk": session.chunk,
         "device": "cpu",
         "device_bytes": device_bytes(made),

@@ -107,11 +107,15 @@ class StoragePath(ABC):
         if isinstance(error, TransferError):
             record = error.completion
             lba = record.offset // PAGE
-            status = f", NVMe status type {record.sct:#x} code {record.sc:#x}" if record.sct or record.sc else ""
+            status = (
+                f", NVMe status type {record.sct:#x} code {record.sc:#x}" if record.sct or record.sc else ""
+            )
             return StorageError(
                 f"{where} failed at LBA {lba}{status}: {error.strerror}",
-                "the KV cache is incomplete, so generation stopped; check the drive, or run with another --nvme",
+                "the KV cache is incomplete, so generation stopped; check the drive, or use another --nvme",
                 errno=error.errno or 5, tensor=str(key), lba=lba, sct=record.sct, sc=record.sc,
             )  # fmt: skip
-        hint = "the drive does not answer; see the kernel's log" if isinstance(error, TransferTimeout) else None
+        hint = (
+            "the drive does not answer; see the kernel's log" if isinstance(error, TransferTimeout) else None
+        )
         return StorageError(f"{where}: {error.strerror}", hint, errno=error.errno or 5, tensor=str(key))

@@ -40,6 +40,15 @@ static int ring_open(struct io_uring *ring, unsigned entries)
     return error;
 }
 
+/* Linux 5.1 to 5.5 open a ring and cannot read an eventfd through it. */
+static int ring_check(struct io_uring *ring)
+{
+    struct io_uring_probe *probe = io_uring_get_probe_ring(ring);
+    int able = probe && io_uring_opcode_supported(probe, IORING_OP_READ);
+    io_uring_free_probe(probe);
+    return able ? 0 : -ENOSYS;
+}
+
 static void allow_workers(struct uring_engine *engine)
 {
     unsigned limits[2] = {MAX_WORKERS, 0}; /* bounded work, as files are; 0 leaves the other as it is */
@@ -56,7 +65,9 @@ static int uring_open(void **self, const glue_options *options)
     int error = engine->wake_fd < 0 ? -errno : ring_open(&engine->ring, options->queue_depth + 8);
     if (error)
         goto fail;
-    error = io_uring_register_files(&engine->ring, options->fds, options->num_files);
+    error = ring_check(&engine->ring);
+    if (!error)
+        error = io_uring_register_files(&engine->ring, options->fds, options->num_files);
     if (error) {
         io_uring_queue_exit(&engine->ring);
         goto fail;

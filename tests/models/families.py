@@ -47,7 +47,12 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_atten
 
 def mixed(config: Callable[..., PreTrainedConfig], **more: Any) -> PreTrainedConfig:
     """Sliding windows and full attention in turn."""
-    options = COMMON | {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": WINDOW, "layer_types": MIXED}
+    options = COMMON | {
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": MIXED,
+    }
     return config(**options, **more)
 
 
@@ -89,7 +94,9 @@ def model_of(family: str, dtype: torch.dtype, attention: str | None = None) -> P
     torch.manual_seed(7)
     # Gemma 2 caps its attention scores, which scaled_dot_product_attention cannot
     chosen = attention or ("eager" if family == "gemma2" else "sdpa")
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype, attn_implementation=chosen).eval()
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[family](), dtype=dtype, attn_implementation=chosen
+    ).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 1
     return model

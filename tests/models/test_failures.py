@@ -112,7 +112,9 @@ def test_a_lying_medium_is_caught_by_checksums(tmp_path: Path, checksum: bool) -
         if not checksum:
             cache.update(rows, rows, 1)  # which is why the option exists
             return
-        with pytest.raises(StorageError, match=rf"block 2 of layer 1 V at LBA {offset // 4096} is not what was written"):
+        with pytest.raises(
+            StorageError, match=rf"block 2 of layer 1 V at LBA {offset // 4096} is not what was written"
+        ):
             cache.update(rows, rows, 1)
         assert before.shape[1] == 202
 

@@ -75,7 +75,9 @@ def test_beam_search(family: str, caches) -> None:
 
 def test_assisted_decoding_takes_tokens_back(family: str, caches) -> None:
     ids = ids_of(40).repeat(1, 3)  # a prompt that repeats itself, so that guesses are made and fail
-    results = [generate(family, cache, ids, prompt_lookup_num_tokens=4, max_new_tokens=30) for cache in caches]
+    results = [
+        generate(family, cache, ids, prompt_lookup_num_tokens=4, max_new_tokens=30) for cache in caches
+    ]
     same(*results)
 
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from transformers import LlamaConfig
 
 from dualblade import DualBladeCache
@@ -23,7 +30,7 @@ HEADS, HEAD_DIM = 2, 16
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`rows` is what the cache must hold: a list of [batch, KV head, tokens, head_dim] per (layer, K or V)."""
+    """`rows` is what the cache must hold: [batch, KV head, tokens, head_dim] for each K and V."""
 
     folder: Path
 
@@ -81,7 +88,7 @@ class CacheMachine(RuleBasedStateMachine):
         return torch.randn(self.active, HEADS, tokens, HEAD_DIM, generator=random).to(self.dtype)
 
     def surviving(self, act: Callable[[], None]) -> None:
-        """An error is allowed where a fault was scripted; after it nothing is served, and a new cache begins."""
+        """An error is allowed where a fault was scripted; then nothing is served, and a new cache begins."""
         try:
             act()
         except StorageError:
@@ -127,7 +134,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop_sequences(self, data) -> None:
         chosen = torch.tensor(
-            data.draw(st.lists(st.integers(0, self.active - 1), min_size=1, max_size=self.active, unique=True))
+            data.draw(
+                st.lists(st.integers(0, self.active - 1), min_size=1, max_size=self.active, unique=True)
+            )
         )
 
         def act() -> None:

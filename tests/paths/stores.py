@@ -59,6 +59,7 @@ class Shape:
     depth: int = 0
     spare: int = 0
     capacity: int = 64
+    checksum: bool = False
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -96,6 +97,7 @@ def make_store(
         slots=2 * (shape.depth + 1) + shape.spare,
         capacity=shape.capacity,
         prefetch_depth=shape.depth,
+        checksum=shape.checksum,
     )
     if placed:
         store.place([placer(spec.key, layouts[spec.key].bytes_for(spec.tokens)) for spec in specs])

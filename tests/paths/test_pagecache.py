@@ -21,7 +21,6 @@ from dualblade.tensors import TensorKey
 from dualblade.units import GIB, MIB
 from spdk_glue import PAGE, READ, WRITE, Region, plain
 
-pytestmark = pytest.mark.needs("uring")
 KEYS = [TensorKey(layer, kind) for layer in range(4) for kind in "KV"]
 
 

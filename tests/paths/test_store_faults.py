@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,11 @@ def rewrite_and_load(checked: Checked, key: TensorKey) -> None:
         checked.load(TensorKey(2, "K"))
 
 
+def crop_and_load(checked: Checked, key: TensorKey, tokens: int) -> None:
+    checked.crop(key, tokens)
+    checked.load(key)
+
+
 def several_steps(checked: Checked) -> None:
     for _ in range(4):
         checked.step(BLOCK)
@@ -129,11 +135,11 @@ def test_a_failed_read(depth: int) -> None:
     checked.store.close()
 
 
-def test_a_failed_write_is_not_forgotten_for_a_later_one_that_went_well(
-    checked: Checked, path: MemPath
-) -> None:
+def test_a_failed_write_is_not_forgotten_for_a_later_one_that_went_well(path: MemPath) -> None:
     """Two appends to one slot; the first write has failed by the time of the second. The layer's
-    other tensor hangs, which keeps the pool from looking at any of them."""
+    other tensor hangs, which keeps the pool from looking at any of them, and it has slots to spare."""
+    shape = replace(SHAPE, spare=4)
+    checked = Checked(make_store(shape, {PathKind.DIRECT: path}), shape)
     checked.step(2 * BLOCK)
     checked.store.flush()
     for key in (K0, V0):
@@ -146,8 +152,24 @@ def test_a_failed_write_is_not_forgotten_for_a_later_one_that_went_well(
     while not slot.drains[0].done():
         pass
     checked.write(V0, slot, BLOCK)
-    with pytest.raises(StorageError):
-        load_all(checked, [K1, V0])
+    checked.load(K1)
+    with pytest.raises(StorageError) as caught:
+        checked.load(V0)
+    assert caught.value.tensor == str(V0)
+    checked.store.close()
+
+
+@pytest.mark.parametrize("tokens", [5, BLOCK, BLOCK + 5])
+def test_a_failed_write_does_not_come_back_as_a_tail(checked: Checked, path: MemPath, tokens: int) -> None:
+    """A block that was not written is asked back by crop."""
+    checked.append(K0, 2 * BLOCK)
+    checked.store.flush()
+    checked.crop(K0, 0)
+    script(checked, path, "error", WRITE, K0)
+    checked.append(K0, 2 * BLOCK)
+    with pytest.raises(StorageError) as caught:
+        crop_and_load(checked, K0, tokens)
+    assert (caught.value.tensor, caught.value.sc) == (str(K0), 0x81)
 
 
 def test_a_failure_on_one_path_stops_the_other(path: MemPath) -> None:
@@ -198,6 +220,7 @@ def test_a_queue_that_is_gone(checked: Checked, path: MemPath) -> None:
     path.queue.close()
     with pytest.raises(StorageError, match="queue is closed") as caught:
         checked.load(K1)
+    assert caught.value.tensor in map(str, checked.rows)
     assert_dead(checked, caught.value)
 
 

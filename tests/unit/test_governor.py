@@ -50,7 +50,8 @@ def test_share_is_what_the_budget_leaves() -> None:
     share = page_cache_share(2 * GIB, FOOTPRINT)
     assert share.bytes == 2 * GIB - FOOTPRINT.total == 532 * MIB
     assert share.reason == (
-        "what --mem-budget 2 GiB leaves after weights 1 GiB, runtime 300 MiB, staging 128 MiB, activations 64 MiB"
+        "what --mem-budget 2 GiB leaves after weights 1 GiB, runtime 300 MiB, "
+        "staging 128 MiB, activations 64 MiB"
     )
 
 

@@ -17,7 +17,16 @@ FILES = sorted(
     for top in ("dualblade", "spdk_glue")
     for path in (ROOT / top).rglob("*.py")
 )
-MODEL_SIDE = ("attention.py", "checkpoint.py", "hf.py", "layers.py", "loading.py", "models.py", "runner.py", "bench/")
+MODEL_SIDE = (
+    "attention.py",
+    "checkpoint.py",
+    "hf.py",
+    "layers.py",
+    "loading.py",
+    "models.py",
+    "runner.py",
+    "bench/",
+)
 HEAVY = {"torch", "transformers"}
 
 
