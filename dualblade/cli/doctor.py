@@ -12,7 +12,7 @@ import click
 
 from dualblade.cli.output import emit, json_option
 from dualblade.config import default_cache_dir
-from dualblade.host import checks
+from dualblade.host import checks, surroundings
 
 EXAMPLE = """\b
 Example:
@@ -39,7 +39,15 @@ def examine(cache_dir: Path) -> list[checks.Check]:
     found += [checks.memlock(), checks.cache_folder(cache_dir)]
     if found[-1].state == checks.OK:
         found += [look(cache_dir) for look in (checks.filesystem, checks.direct_io, checks.free_space)]
-    found += [checks.memory_cgroup(), checks.hugepages(), checks.swap(), checks.torch(), checks.spdk()]
+    found += [surroundings.kernel(), surroundings.container(), surroundings.drives()]
+    found += [
+        checks.memory_cgroup(),
+        surroundings.delegation(),
+        checks.hugepages(),
+        checks.swap(),
+        checks.torch(),
+        checks.spdk(),
+    ]
     return found
 
 

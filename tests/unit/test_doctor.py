@@ -14,14 +14,14 @@ import pytest
 
 from dualblade.cli import doctor
 from dualblade.cli.main import main
-from dualblade.host import checks
+from dualblade.host import checks, surroundings
 from dualblade.host.checks import FAIL, OK, WARN, Check
 from dualblade.host.sysfs import Host
 from dualblade.units import GIB, KIB, MIB
 
 NAMES = [
     "python", "engine", "io_uring", "memlock", "cache folder", "filesystem", "O_DIRECT", "free space",
-    "memory cgroup", "hugepages", "swap", "torch", "spdk",
+    "kernel", "container", "nvme", "memory cgroup", "cgroup delegation", "hugepages", "swap", "torch", "spdk",
 ]  # fmt: skip
 
 
@@ -41,6 +41,8 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "try_ring", lambda: (None, None))
     for name in ("filesystem", "direct_io", "free_space"):
         monkeypatch.setattr(checks, name, lambda _, name=name: Check(name.replace("_", " "), OK, "good"))
+    for name in ("kernel", "container", "drives", "delegation"):
+        monkeypatch.setattr(surroundings, name, lambda name=name: Check(name, OK, "good"))
     for name in ("memlock", "memory_cgroup", "hugepages", "swap", "torch", "spdk"):
         monkeypatch.setattr(checks, name, lambda name=name: Check(name.replace("_", " "), OK, "good"))
 
