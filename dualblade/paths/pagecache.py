@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dualblade.errors import CapacityError, TargetError
 from dualblade.paths.base import Room, StoragePath
+from dualblade.target_files import check_room
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
 from spdk_glue import Queue, QueueOptions, file_facts
@@ -75,6 +76,7 @@ class PageCachePath(StoragePath):
         return rooms
 
     def _reserve(self, sizes: list[int]) -> None:
+        check_room(self.folder, sum(sizes) - sum(self._sizes))
         try:
             for fd, old, new in zip(self.fds, self._sizes, sizes, strict=True):
                 if new > old:

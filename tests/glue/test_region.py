@@ -55,7 +55,7 @@ resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 try:
     Region(8 << 30)
 except GlueError as error:
-    print(errno.errorcode[error.errno], Region(PAGE).size)
+    print(errno.errorcode[error.errno], Region(PAGE, hugepages=False).size)
 """
     assert python(code) == "ENOMEM 4096\n"
 
@@ -119,7 +119,7 @@ def test_closing_twice() -> None:
 
 
 def test_parts_of_the_buffer() -> None:
-    with Region(2 * PAGE) as region:
+    with Region(2 * PAGE, hugepages=False) as region:
         region.buffer(PAGE, 4)[:] = b"abcd"
         assert bytes(region.buffer()[PAGE : PAGE + 5]) == b"abcd\0"
         assert len(region.buffer(PAGE)) == PAGE

@@ -11,7 +11,6 @@ from dualblade.host import surroundings
 from dualblade.host.checks import OK, WARN
 from dualblade.host.sysfs import Host
 
-
 OVERLAY = "25 1 0:42 / / rw,relatime - overlay overlay rw,lowerdir=/l\n"
 
 
