@@ -325,11 +325,11 @@ class KVStore:
 
     @property
     def staging_bytes(self) -> int:
-        return self.pool.region.size
+        return self.pool.region.held
 
     @property
     def tail_bytes(self) -> int:
-        return self._tails.size
+        return self._tails.held
 
     @property
     def kv_bytes(self) -> int:

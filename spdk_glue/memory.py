@@ -25,7 +25,8 @@ class _Free:
 
 
 class Region:
-    """`size` bytes, zero at first, aligned to 2 MiB where they come from the page allocator.
+    """`size` bytes in whole pages of 4 KiB, zero at first, aligned to 2 MiB. held: bytes that the
+    process pays for, whole hugepages where it got them.
 
     kind: "hugetlb" (reserved hugepages), "thp" (the kernel may use transparent hugepages) or
     "plain". Raises GlueError (ENOMEM) where there is no memory.
@@ -35,15 +36,18 @@ class Region:
         c_size, c_kind, c_error = ffi.new("uint64_t *", size), ffi.new("int *"), ffi.new("int *")
         pointer = lib.glue_memory_alloc(c_size, int(hugepages), c_kind, c_error)
         check(c_error[0], f"allocate {size} bytes")
-        self.size = int(c_size[0])
+        self.held = int(c_size[0])
+        self.size = -(-size // PAGE) * PAGE
         self.address = int(ffi.cast("uintptr_t", pointer))
         self.kind = ("plain", "thp", "hugetlb")[c_kind[0]]
-        self._owner: Any = ffi.gc(pointer, _Free(self.size))
+        self._owner: Any = ffi.gc(pointer, _Free(self.held))
         self._buffer: Any = memoryview(ffi.buffer(self._owner, self.size))
 
     def buffer(self, offset: int = 0, size: int | None = None) -> memoryview:
         """A writable view of part of the region. It keeps the memory alive."""
         end = self.size if size is None else offset + size
+        if not 0 <= offset <= end <= self.size:
+            raise ValueError(f"bytes {offset} to {end} are not in a region of {self.size}")
         return self._buffer[offset:end]
 
     def close(self) -> None:

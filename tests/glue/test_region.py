@@ -20,7 +20,8 @@ HUGE = 2 << 20
 def test_size_alignment_and_zeros(size: int, hugepages: bool) -> None:
     with Region(size, hugepages) as region:
         page = HUGE if region.kind == "hugetlb" else PAGE
-        assert region.size == -(-size // page) * page
+        assert region.size == -(-size // PAGE) * PAGE
+        assert region.held == -(-size // page) * page
         assert region.address % HUGE == 0
         assert not array(region).any()
         array(region)[:] = 255

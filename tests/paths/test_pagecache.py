@@ -110,7 +110,7 @@ def test_neighbours_lie_in_different_files(path: PageCachePath) -> None:
 
 def test_rooms_hold_what_is_written_to_them(path: PageCachePath) -> None:
     rooms = path.allocate([(key, MIB) for key in KEYS])
-    with Region(MIB) as region:
+    with Region(MIB, hugepages=False) as region:
         for number, room in enumerate(rooms):
             region.buffer()[:] = bytes([number + 1]) * MIB
             path.transfer(WRITE, room.key, [plain(room.offset, region.address, MIB, room.file)]).wait()

@@ -309,7 +309,9 @@ def loop_device(direct_dir: Path) -> Iterator[str]:
     if made.returncode:
         pytest.skip(f"needs loop devices: {made.stderr.strip()}")
     device = made.stdout.strip()
+    subprocess.run(["blockdev", "--setrw", device], check=True)  # the flag outlives the image before it
     yield device
+    subprocess.run(["blockdev", "--setrw", device], check=True)
     subprocess.run(["losetup", "-d", device], check=True)
 
 

@@ -262,6 +262,7 @@ def loop_device(tmp_path: Path) -> Iterator[str]:
     made = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"needs loop devices: {made.stderr.strip()}")
+    subprocess.run(["blockdev", "--setrw", made.stdout.strip()], check=True)
     yield made.stdout.strip()
     subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
 
