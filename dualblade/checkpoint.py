@@ -43,7 +43,7 @@ class WeightFile(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str, out: torch.Tensor) -> None: ...
+    def read(self, name: str, out: torch.Tensor, bounce: torch.Tensor) -> None: ...
     def close(self) -> None: ...
 
 
@@ -84,13 +84,13 @@ class SafetensorsFile:
             self.shapes[name] = tuple(entry["shape"])
             self._entries[name] = _Entry(dtype, 8 + length + entry["data_offsets"][0])
 
-    def read(self, name: str, out: torch.Tensor) -> None:
-        """Fill `out`, which is contiguous, converting where its dtype differs."""
+    def read(self, name: str, out: torch.Tensor, bounce: torch.Tensor) -> None:
+        """Fill `out`, which is contiguous, by way of `bounce`, STEP bytes, where its dtype differs."""
         entry = self._entries[name]
         flat = out.view(-1)
         step = STEP // entry.dtype.itemsize
         straight = out.dtype == entry.dtype and out.device.type == "cpu"
-        buffer = None if straight else torch.empty(min(step, flat.numel()), dtype=entry.dtype)
+        buffer = None if straight else bounce.view(entry.dtype)
         for at in range(0, flat.numel(), step):
             target = flat[at : at + step]
             source = target if buffer is None else buffer[: target.numel()]
@@ -125,7 +125,7 @@ class PickledFile:
         self._tensors: dict[str, torch.Tensor] = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    def read(self, name: str, out: torch.Tensor) -> None:
+    def read(self, name: str, out: torch.Tensor, bounce: torch.Tensor) -> None:
         out.copy_(self._tensors.pop(name))
 
     def close(self) -> None:
@@ -144,6 +144,8 @@ class Checkpoint:
         self._files: list[WeightFile] = []
         self._file_of: dict[str, WeightFile] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        # One for all tensors: a new one for each would leave holes in the heap between the weights.
+        self._bounce = torch.empty(STEP, dtype=torch.uint8)
         try:
             for path in files:
                 self._open(path)
@@ -163,7 +165,8 @@ class Checkpoint:
         return sorted(names, key=order.__getitem__)
 
     def read(self, name: str, out: torch.Tensor) -> None:
-        self._file_of[name].read(name, out)
+        """Fill `out`, which is contiguous, converting where its dtype differs."""
+        self._file_of[name].read(name, out, self._bounce)
 
     def close(self) -> None:
         for file in self._files:

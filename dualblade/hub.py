@@ -24,7 +24,7 @@ from huggingface_hub.utils import disable_progress_bars
 from dualblade.errors import ModelError
 from dualblade.units import MIB, format_size
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 4.0
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
 # Besides the weights that transformers reads, some repositories hold them once more in another form.
 NEVER = ("original/*", "consolidated*", "*/*", "*.safetensors.index.json", "*.bin.index.json")

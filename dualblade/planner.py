@@ -17,7 +17,7 @@ from dualblade.residency import MemorySnapshot
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import format_size
 
-TAILS_SHARE = 16  # unfinished blocks take at most this fraction of the free budget
+TAILS_SHARE = 4  # unfinished blocks take at most this fraction of the free budget: short runs cost more
 DEFAULT_POLICY = "spread"
 
 
