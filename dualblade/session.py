@@ -139,7 +139,8 @@ class Session:
         return record
 
     def _weight_folder(self) -> Path:
-        self.watcher.stage("looking at the weights, which are downloaded where they are not here yet")
+        if self.ref.folder is None:
+            self.watcher.stage("looking at the weights, which are downloaded where they are not here yet")
         return loading.weight_folder(self.ref)
 
     def _load(self, folder: Path | None) -> Any:

@@ -44,6 +44,7 @@ def plan(as_json: bool, context: int, **options: Any) -> None:
 def _record(session: Any, context: int) -> dict[str, Any]:
     from dualblade.bench.speeds import storage_seconds
     from dualblade.forecast import device_bytes
+    from dualblade.layers import kept_bytes, kept_in_memory
     from dualblade.tensors import PathKind
 
     made = session.plan()
@@ -67,6 +68,10 @@ def _record(session: Any, context: int) -> dict[str, Any]:
             "tail_bytes": footprint.tails_bytes,
             "page_cache_share_bytes": made.share.bytes,
             "page_cache_share_reason": made.share.reason,
+        },
+        "kept_in_memory": {
+            "layers": kept_in_memory(session.config),
+            "bytes": kept_bytes(session.config, session.options.batch_size, context, session.dtype.itemsize),
         },
         "kv_bytes": sum(spec.tokens * spec.token_bytes for spec in made.specs),
         "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
@@ -93,6 +98,10 @@ def _show(record: dict[str, Any]) -> None:
     click.echo(f"  ({memory['page_cache_share_reason']})")
     click.echo(f"device {describe_device(record['device_bytes'])}")
     click.echo(_page_cache_words(record))
+    for kind, count in record["kept_in_memory"]["layers"].items():
+        click.echo(
+            f"{count} layers of {kind} keep their own cache in memory: it does not grow with the context"
+        )
     for item in record["placements"]:
         where = f"{item['tensor']:13}{item['path']:12}{format_size(item['bytes']):>9}"
         click.echo(f"{where}  {item['reason']}")

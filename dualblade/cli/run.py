@@ -38,9 +38,15 @@ from dualblade.units import format_size
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON record here too."
 )
+@click.option("--enforce/--no-enforce", default=False, hidden=True)
 @json_option
 def run(as_json: bool, report: Path | None, **options: Any) -> None:
     """Generate text with the KV cache offloaded."""
+    if options.pop("enforce"):
+        raise UsageError(
+            "this version keeps to the budget by planning and cannot enforce it",
+            "systemd-run --scope -p MemoryMax=6G dualblade-spdk run ... does",
+        )
     if options["device"] == "cuda":
         raise UsageError("this version computes on the CPU only", "leave --device out")
     _one_prompt(options)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from families import CONFIGS
 
 from dualblade.cli.main import main
 from dualblade.zoo import TINY
@@ -214,6 +215,25 @@ def test_context_beyond_the_model(run) -> None:
         "run", "--model", "tiny", "--prompt-len", "8190", "--mem-budget", "2G", "--max-new-tokens", "50"
     )
     refused(answer, 1, "8240", "8192")
+
+
+def test_what_this_version_lacks_is_said(run) -> None:
+    refused(run(*RUN, "--enforce"), 2, "cannot enforce")
+    refused(run(*RUN, "--device", "cuda"), 2, "CPU only")
+
+
+def test_plan_names_layers_that_stay_in_memory(run, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "config.json").write_text(CONFIGS["gemma3"]().to_json_string(use_diff=False))
+    plan = ["plan", "--model", str(folder), "--context", "500", "--mem-budget", "2G", "--weights", "dummy"]
+    record = record_of(run(*plan, "--json"))
+    assert record["kept_in_memory"]["layers"] == {"sliding_attention": 2}
+    assert record["kept_in_memory"]["bytes"] > 0
+    assert {item["tensor"] for item in record["placements"]} == {
+        f"layer {i} {kv}" for i in (1, 3) for kv in "KV"
+    }
+    assert "2 layers of sliding_attention keep their own cache" in run(*plan)[1]
 
 
 def test_no_prompt_and_two_prompts(run) -> None:
