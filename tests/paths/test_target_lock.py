@@ -12,36 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+from target_files_kit import OPTIONS, SIZE, open_file
 
 import spdk_glue
 from dualblade import target_files
 from dualblade.errors import TargetError
 from dualblade.extents import LBA
-from dualblade.targets import OpenTarget, open_target, open_volume
-from dualblade.tensors import TensorKey
-from dualblade.units import MIB
+from dualblade.targets import open_volume
 from dualblade.volume import Volume
-from spdk_glue import WRITE, QueueOptions, Region, plain
-
-SIZE = 8 * MIB
-K0 = TensorKey(0, "K")
-OPTIONS = QueueOptions(drain_ms=200)
-
+from spdk_glue import WRITE, Region, plain
 
 pytestmark = pytest.mark.needs("uring")
-
-
-def open_file(path: Path | str, capacity: int | None = None, create: bool = True) -> OpenTarget:
-    nowhere = Path("/nowhere")
-    return open_target(str(path), capacity=capacity, cache_dir=nowhere, options=OPTIONS, create=create)
-
-
-@pytest.fixture
-def ours(direct_dir: Path) -> Path:
-    path = direct_dir / "kv.img"
-    with open_file(path, SIZE) as target:
-        open_volume(target)
-    return path
 
 
 @pytest.fixture

@@ -15,37 +15,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from target_files_kit import K0, SIZE, open_file
 
 import spdk_glue
 from dualblade import target_files
 from dualblade.errors import CapacityError, TargetError, UsageError, VolumeError
 from dualblade.extents import LBA
 from dualblade.superblock import MIN_CAPACITY
-from dualblade.targets import OpenTarget, default_capacity, open_target, open_volume
-from dualblade.tensors import TensorKey
+from dualblade.targets import default_capacity, open_target, open_volume
 from dualblade.units import GIB, MIB
 from dualblade.volume import Volume
-from spdk_glue import READ, WRITE, QueueOptions, Region, plain
-
-SIZE = 8 * MIB
-K0 = TensorKey(0, "K")
-OPTIONS = QueueOptions(drain_ms=200)
-
+from spdk_glue import READ, WRITE, Region, plain
 
 pytestmark = pytest.mark.needs("uring")
-
-
-def open_file(path: Path | str, capacity: int | None = None, create: bool = True) -> OpenTarget:
-    nowhere = Path("/nowhere")
-    return open_target(str(path), capacity=capacity, cache_dir=nowhere, options=OPTIONS, create=create)
-
-
-@pytest.fixture
-def ours(direct_dir: Path) -> Path:
-    path = direct_dir / "kv.img"
-    with open_file(path, SIZE) as target:
-        open_volume(target)
-    return path
 
 
 # a file that is made ------------------------------------------------------------------------
