@@ -161,8 +161,9 @@ class DualBladeCache(Cache):
 
     def _open(self, specs: tuple[TensorSpec, ...], dtype: torch.dtype) -> None:
         self._device = CpuDevice(dtype)
-        self._batch = specs[0].batch
-        self._storage = Offload(specs, self.settings, self._device, grows=not self._max_tokens)
+        self._batch = specs[0].batch if specs else 0
+        grows = bool(specs) and not self._max_tokens
+        self._storage = Offload(specs, self.settings, self._device, grows)
 
     @property
     def storage(self) -> Offload:
@@ -237,7 +238,7 @@ class DualBladeCache(Cache):
         """Forget every token; the rooms are kept for the next prompt of the same batch."""
         if self._storage:
             self._storage.store.reset()
-            self._batch = self._storage.plan.specs[0].batch
+            self._batch = max((spec.batch for spec in self._storage.plan.specs), default=0)
         super().reset()
 
     def report(self) -> dict[str, Any]:

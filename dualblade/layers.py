@@ -47,19 +47,14 @@ class LayerShape:
 
 
 def layer_shapes(config: Any) -> tuple[LayerShape, ...]:
-    """Every layer of a model, from its configuration. Raises ModelError where no layer is offloaded."""
+    """Every layer of a model, from its configuration. Raises ModelError for attention that
+    transformers itself keeps in a way that is not known here."""
     text = config.get_text_config(decoder=True)
     kinds, options = get_layer_types_and_kwargs(text)
     shapes = tuple(
         LayerShape(index, kind, *_heads(layer), kwargs.get("sliding_window"), kwargs)
         for index, (kind, kwargs, layer) in enumerate(zip(kinds, options, text.per_layer_config, strict=True))
     )
-    if not any(shape.offloaded for shape in shapes):
-        found = ", ".join(sorted({shape.kind for shape in shapes}))
-        raise ModelError(
-            f"no layer of this model keeps all its rows (they are {found}), so there is nothing to offload",
-            "its cache does not grow with the context: run it with transformers as it is",
-        )
     unknown = sorted({shape.kind for shape in shapes} - set(DYNAMIC_LAYER_TYPE_MAPPING))
     if unknown:
         raise ModelError(f"this model has layers of a type that is not known here: {', '.join(unknown)}")

@@ -150,7 +150,7 @@ class Offload:
             "prefetch_depth": self.plan.pipeline.prefetch_depth,
             "chunk_bytes": options.command_bytes,
             "queue_depth": options.queue_depth,
-            "run_bytes": max(layout.run_bytes for layout in self.plan.layouts.values()),
+            "run_bytes": max((layout.run_bytes for layout in self.plan.layouts.values()), default=0),
             "stall_s": self.store.stall_s,
             "checksum_s": self.store.checksum_s if self.settings.checksum else None,
         }

@@ -74,8 +74,8 @@ def make_plan(
     """
     left = request.budget - request.weights - request.runtime - request.activations
     layouts = choose_layouts(specs, left)
-    capacity = max(layouts[spec.key].capacity_for(spec.tokens) for spec in specs)
-    slot_bytes = max(layouts[spec.key].slot_bytes(capacity) for spec in specs)
+    capacity = max((layouts[spec.key].capacity_for(spec.tokens) for spec in specs), default=0)
+    slot_bytes = max((layouts[spec.key].slot_bytes(capacity) for spec in specs), default=0)
     tails = sum(layout.block_bytes for layout in layouts.values())
     pipeline = _plan_staging(specs, request, slot_bytes, left - tails)
     footprint = Footprint(
@@ -91,7 +91,7 @@ def make_plan(
 
 def choose_layouts(specs: Sequence[TensorSpec], left: int) -> dict[TensorKey, Layout]:
     """The unfinished blocks of all tensors share a small part of the `left` bytes of the budget."""
-    tail_bytes = max(0, left) // TAILS_SHARE // len(specs)
+    tail_bytes = max(0, left) // TAILS_SHARE // max(1, len(specs))
     return {spec.key: choose_layout(spec, tail_bytes) for spec in specs}
 
 
@@ -99,6 +99,8 @@ def _plan_staging(
     specs: Sequence[TensorSpec], request: BudgetRequest, slot_bytes: int, left: int
 ) -> PipelinePlan:
     num_layers = len({spec.key.layer for spec in specs})
+    if not specs:  # a model of sliding windows alone
+        return PipelinePlan(prefetch_depth=0, slots=0)
     if 2 * slot_bytes <= left:
         return plan_pipeline(num_layers, slot_bytes, left, request.prefetch_depth)
     need = request.budget - left + 2 * slot_bytes

@@ -39,10 +39,9 @@ class SlotPool:
 
     def __init__(self, count: int, slot_bytes: int):
         self.slot_bytes = round_up(slot_bytes, PAGE)
-        self.region = Region(count * self.slot_bytes)
-        self.slots = [
-            Slot(self.region.address + at, at) for at in range(0, count * self.slot_bytes, self.slot_bytes)
-        ]
+        self.region = Region(max(PAGE, count * self.slot_bytes))
+        offsets = [number * self.slot_bytes for number in range(count)]
+        self.slots = [Slot(self.region.address + offset, offset) for offset in offsets]
         self._free: deque[Slot] = deque(self.slots)
         self._draining: deque[Slot] = deque()
 

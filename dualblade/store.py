@@ -17,7 +17,7 @@ from dualblade.pipeline import layers_ahead
 from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import MIB
-from spdk_glue import READ, WRITE, Region
+from spdk_glue import PAGE, READ, WRITE, Region
 
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
@@ -79,7 +79,7 @@ class KVStore:
     def _make_tensors(
         self, specs: Sequence[TensorSpec], layouts: Mapping[TensorKey, Layout]
     ) -> tuple[Region, dict[TensorKey, Tensor]]:
-        region = Region(sum(layouts[spec.key].block_bytes for spec in specs), hugepages=False)
+        region = Region(max(PAGE, sum(layouts[spec.key].block_bytes for spec in specs)), hugepages=False)
         tensors, offset = {}, 0
         for spec in specs:
             layout = layouts[spec.key]
@@ -90,8 +90,9 @@ class KVStore:
         return region, tensors
 
     def _make_pool(self, capacity: int) -> None:
-        self.capacity = max(tensor.layout.capacity_for(capacity) for tensor in self.tensors.values())
-        slot_bytes = max(tensor.layout.slot_bytes(self.capacity) for tensor in self.tensors.values())
+        layouts = [tensor.layout for tensor in self.tensors.values()]
+        self.capacity = max((layout.capacity_for(capacity) for layout in layouts), default=0)
+        slot_bytes = max((layout.slot_bytes(self.capacity) for layout in layouts), default=0)
         self.pool = SlotPool(self._slots, slot_bytes)
         for path in self.paths.values():
             path.register(self.pool.region)

@@ -87,6 +87,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 
+# Nothing of these grows with the context, so nothing of them is offloaded.
+WINDOWS_ALONE: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mistral-window": lambda: MistralConfig(**COMMON, sliding_window=WINDOW),
+}
+
 
 @functools.cache
 def model_of(family: str, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
@@ -95,7 +100,7 @@ def model_of(family: str, dtype: torch.dtype, attention: str | None = None) -> P
     # Gemma 2 caps its attention scores, which scaled_dot_product_attention cannot
     chosen = attention or ("eager" if family == "gemma2" else "sdpa")
     model = AutoModelForCausalLM.from_config(
-        CONFIGS[family](), dtype=dtype, attn_implementation=chosen
+        (CONFIGS | WINDOWS_ALONE)[family](), dtype=dtype, attn_implementation=chosen
     ).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 1

@@ -169,11 +169,3 @@ def test_training_is_refused(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="inference"),
     ):
         cache.update(rows, rows, 0)
-
-
-def test_a_model_without_full_attention_is_refused() -> None:
-    from transformers import MistralConfig
-
-    config = MistralConfig(num_hidden_layers=2, sliding_window=64)
-    with pytest.raises(ModelError, match="nothing to offload"):
-        DualBladeCache(config, mem_budget="8G")

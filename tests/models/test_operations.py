@@ -136,6 +136,26 @@ def test_compiled_models_leave_the_cache_alone(direct_dir: Path) -> None:
             ids = got[:, -1:].argmax(-1)
 
 
+def test_windows_alone_run_in_memory(direct_dir: Path) -> None:
+    """Nothing of the model grows, so nothing is offloaded, and it runs all the same."""
+    model = model_of("mistral-window", torch.float32)
+    with DualBladeCache(
+        model.config, mem_budget="8G", cache_dir=direct_dir, max_tokens=200, batch_size=1, dtype=torch.float32
+    ) as ours:
+        same(
+            *[
+                generate("mistral-window", cache, ids_of(3 * WINDOW), max_new_tokens=20)
+                for cache in (ours, DynamicCache(config=model.config))
+            ]
+        )
+        report = ours.report()
+        assert report["placements"] == []
+        assert all(path["tensors"] == 0 for path in report["paths"].values())
+        assert report["memory"]["kv_bytes"] == 0
+        ours.reset()
+        assert ours.get_seq_length() == 0
+
+
 def test_windows_keep_their_own_layers(direct_dir: Path) -> None:
     model = model_of("gemma3", torch.float32)
     with DualBladeCache(model.config, mem_budget="8G", cache_dir=direct_dir, capacity="64M") as cache:

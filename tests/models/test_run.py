@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from families import CONFIGS
+from families import CONFIGS, WINDOWS_ALONE
 
 from dualblade.cli.main import main
 from dualblade.zoo import TINY
@@ -234,6 +234,18 @@ def test_plan_names_layers_that_stay_in_memory(run, tmp_path: Path) -> None:
         f"layer {i} {kv}" for i in (1, 3) for kv in "KV"
     }
     assert "2 layers of sliding_attention keep their own cache" in run(*plan)[1]
+
+
+def test_windows_alone_run_with_nothing_offloaded(run, tmp_path: Path) -> None:
+    folder = tmp_path / "windows"
+    folder.mkdir()
+    (folder / "config.json").write_text(WINDOWS_ALONE["mistral-window"]().to_json_string(use_diff=False))
+    common = ["--model", str(folder), "--mem-budget", "2G", "--weights", "dummy"]
+    planned = record_of(run("plan", "--context", "300", *common, "--json"))
+    assert planned["kept_in_memory"]["layers"] == {"sliding_attention": 3}
+    done = record_of(run("run", "--prompt-len", "200", "--max-new-tokens", "4", *common, "--json"))
+    assert done["placements"] == planned["placements"] == []
+    assert len(done["token_ids"][0]) == 4
 
 
 def test_no_prompt_and_two_prompts(run) -> None:
