@@ -85,11 +85,14 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def smooth_head(model: PreTrainedModel) -> None:
-    """The last position of every sequence is a strided view. Where the batch is not one, matmul would
-    copy the head's weights once a sequence before it multiplies."""
+    """The last position of every sequence is a strided view, for which matmul would copy the head's
+    weights once a sequence before it multiplies. contiguous() would not do: it returns a view whose
+    odd strides belong to dimensions of one as it is."""
     head = model.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        head.register_forward_pre_hook(
+            lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        )
 
 
 @contextmanager
@@ -167,8 +170,8 @@ def check_context(config: PreTrainedConfig, tokens: int) -> None:
     limit = context_limit(config)
     if limit and tokens > limit:
         raise ConfigError(
-            f"prompt and new tokens are {tokens} together, and this model ends at {limit}",
-            "shorten the prompt or lower --max-new-tokens",
+            f"a context of {tokens} tokens, prompt and new ones together, is more than this model's {limit}",
+            "shorten the prompt, or ask for fewer new tokens",
         )
 
 

@@ -13,7 +13,7 @@ from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
 from dualblade.units import MIB, parse_size
 
-STEP = 128 * MIB
+STEP = 256 * MIB  # a layer: K and V
 
 
 @click.group()
@@ -25,7 +25,7 @@ def bench() -> None:
 @click.option(
     "--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the test file is made."
 )
-@click.option("--size", default="1G", show_default=True, help="Of the test file; a multiple of 128M.")
+@click.option("--size", default="1G", show_default=True, help="Of the test file; a multiple of 256M.")
 @click.option("--queue-depth", type=click.IntRange(1, 1024), default=32, show_default=True)
 @click.option("--command", "command_size", default="1M", show_default=True, help="Size of one command.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
@@ -36,7 +36,7 @@ def io(
     """The engine beside fio, and the store beside the engine, on one file of random bytes."""
     nbytes, command_bytes = parse_size(size, "--size"), parse_size(command_size, "--command")
     if nbytes % STEP:
-        raise UsageError(f"--size {size} is not a multiple of 128M", "write e.g. 1G")
+        raise UsageError(f"--size {size} is not a multiple of 256M", "write e.g. 1G")
     if command_bytes % 4096 or command_bytes > 4 * MIB:
         raise UsageError(f"--command {command_size} is not a multiple of 4K up to 4M", "write e.g. 1M")
     from dualblade.bench.fio import fio_path

@@ -45,6 +45,7 @@ def _record(session: Any, context: int) -> dict[str, Any]:
     from dualblade.bench.speeds import storage_seconds
     from dualblade.forecast import device_bytes
     from dualblade.layers import kept_bytes, kept_in_memory
+    from dualblade.models import context_limit
     from dualblade.tensors import PathKind
 
     made = session.plan()
@@ -76,6 +77,7 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "kv_bytes": sum(spec.tokens * spec.token_bytes for spec in made.specs),
         "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
         "all_in_page_cache_up_to": session.all_cached_up_to(),
+        "context_limit": context_limit(session.config),
         "prefetch_depth": made.pipeline.prefetch_depth,
         "storage_s_per_token": storage_seconds(
             session.settings.cache_dir, session.settings.nvme, cached, direct
@@ -102,9 +104,8 @@ def _show(record: dict[str, Any]) -> None:
         click.echo(
             f"{count} layers of {kind} keep their own cache in memory: it does not grow with the context"
         )
-    for item in record["placements"]:
-        where = f"{item['tensor']:13}{item['path']:12}{format_size(item['bytes']):>9}"
-        click.echo(f"{where}  {item['reason']}")
+    for line in _placement_lines(record["placements"]):
+        click.echo(line)
     seconds = record["storage_s_per_token"]
     if seconds is None:
         console().print("[dim]no speed is known for this place: `dualblade-spdk bench io` measures it[/dim]")
@@ -118,4 +119,18 @@ def _page_cache_words(record: dict[str, Any]) -> str:
         return "--kv-path sends every tensor one way, whatever the context"
     if not tokens:
         return "at this budget and batch no context keeps all KV in the page cache"
+    if tokens == record["context_limit"]:
+        return f"all KV stays in the page cache up to the model's own end, {tokens} tokens"
     return f"all KV stays in the page cache up to a context of {tokens} tokens; beyond, some goes direct"
+
+
+def _placement_lines(placements: list[dict[str, Any]]) -> list[str]:
+    """A line each, or one for all where all go the same way for the same reason."""
+    first = placements[0] if placements else {}
+    if len({(item["path"], item["bytes"], item["reason"]) for item in placements}) == 1:
+        each = f"{len(placements)} tensors, {format_size(first['bytes'])} each"
+        return [f"all {each}: {first['path']}  {first['reason']}"]
+    return [
+        f"{item['tensor']:13}{item['path']:12}{format_size(item['bytes']):>9}  {item['reason']}"
+        for item in placements
+    ]

@@ -108,6 +108,17 @@ def _generate(options: Any, show_text: bool) -> dict[str, Any]:
         transient=True,
     )
     bar: list[Any] = []
+    open_line = [False]  # text is streaming, and its line has not ended
+
+    def end_line() -> None:
+        if open_line[0]:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        open_line[0] = False
+
+    def on_stage(stage: str) -> None:
+        end_line()
+        screen.print(f"[dim]{stage}[/dim]")
 
     def on_prefill(done: int, total: int) -> None:
         if not bar:
@@ -118,17 +129,17 @@ def _generate(options: Any, show_text: bool) -> dict[str, Any]:
             progress.stop()
 
     def on_text(piece: str) -> None:
-        if show_text:
+        if show_text and piece:
             sys.stdout.write(piece)
             sys.stdout.flush()
+            open_line[0] = True
 
-    watcher = Watcher(lambda stage: screen.print(f"[dim]{stage}[/dim]"), on_prefill, on_text)
+    watcher = Watcher(on_stage, on_prefill, on_text)
     try:
         record = Session(options, watcher).run()
     finally:
         progress.stop()
-    if show_text and "text" in record:
-        sys.stdout.write("\n")
+        end_line()
     return record
 
 
@@ -174,6 +185,8 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
             if "reason" in path
         }
     )
+    if memory["peak_bytes"] > memory["budget_bytes"]:
+        lines.append("warning: the peak is above the budget; give it more, or a smaller --prefill-chunk")
     if record.get("verified"):
         lines.append("verified: every token equals the run with its KV cache in memory")
     return lines

@@ -101,6 +101,18 @@ def test_the_seed_decides() -> None:
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_head_gets_plain_rows(batch: int) -> None:
+    """For a strided view, of one sequence too, matmul would copy the head's weights."""
+    model = dummy_model(CONFIGS["llama"](), torch.bfloat16, "sdpa", 0)
+    strides = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: strides.append(args[0].stride()))
+    with torch.inference_mode():
+        model(input_ids=torch.ones(batch, 30, dtype=torch.long), logits_to_keep=1)
+    hidden = model.config.hidden_size
+    assert strides == [(hidden, hidden, 1)]
+
+
 def test_a_batch_on_two_paths_inside_the_budget(wide: Path, direct_dir: Path) -> None:
     """The large run in small: batch 8, weights whose copies would not fit, KV larger than its share."""
     command = [*PROGRAM, "run", "--model", str(wide), "--weights", "dummy", "--mem-budget", "640M"]
@@ -154,7 +166,7 @@ def test_plan_says_it_in_words(wide: Path, capsys: pytest.CaptureFixture[str]) -
     words = ["plan", "--model", str(wide), "--weights", "dummy", "--mem-budget", "16G", "--context", "300"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert re.search(r"up to a context of \d+ tokens", out)
+    assert re.search(r"up to the model's own end, 4096 tokens", out)
     assert re.search(r"device cpu: weights 1\d\d MiB, activations .*, KV ring ", out)
     assert main([*words, "--kv-path", "direct"]) == 0
     assert "--kv-path sends every tensor one way" in capsys.readouterr().out
