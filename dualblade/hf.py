@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,6 @@ class DualBladeCache(Cache):
         self._max_tokens = max_tokens
         self._storage: Offload | None = None
         self._device: CpuDevice | None = None
-        self.update_s = 0.0
         self._batch = 0
         shapes = layer_shapes(config)
         super().__init__(
@@ -186,7 +184,6 @@ class DualBladeCache(Cache):
 
     def _exchange(self, key: TensorKey, rows: torch.Tensor) -> torch.Tensor:
         """Append `rows` to one tensor and return all of it, [batch, KV head, tokens, head_dim]."""
-        begun = time.perf_counter()
         store, device = self.storage.store, self._device
         assert device is not None
         count = rows.shape[-2]
@@ -194,7 +191,6 @@ class DualBladeCache(Cache):
         slot = store.load(key, count)
         device.write_rows(rows, slot.view, before)
         store.append(key, slot, count)
-        self.update_s += time.perf_counter() - begun
         return device.rows(slot.view, rows.shape[0], rows.shape[1], before + count)
 
     def _check_rows(self, key: TensorKey, rows: torch.Tensor) -> None:

@@ -21,10 +21,9 @@ from spdk_glue import READ, WRITE, Region, plain
 TOKENS = 300
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[DualBladeCache]:
+def on_mem(folder: Path, checksum: bool = False) -> DualBladeCache:
     """All KV on a mem medium, whose faults can be scripted."""
-    with DualBladeCache(
+    return DualBladeCache(
         model_of("llama", torch.float32).config,
         nvme="mem:64M",
         mem_budget="8G",
@@ -32,8 +31,14 @@ def cache(tmp_path: Path) -> Iterator[DualBladeCache]:
         max_tokens=TOKENS,
         batch_size=1,
         dtype=torch.float32,
-        cache_dir=tmp_path,
-    ) as cache:
+        cache_dir=folder,
+        checksum=checksum,
+    )
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[DualBladeCache]:
+    with on_mem(tmp_path) as cache:
         yield cache
 
 
@@ -90,17 +95,7 @@ def test_a_hung_medium_is_an_error_in_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checksum", [True, False])
 def test_a_lying_medium_is_caught_by_checksums(tmp_path: Path, checksum: bool) -> None:
     """Somebody else writes to one block; the medium returns that without an error."""
-    with DualBladeCache(
-        model_of("llama", torch.float32).config,
-        nvme="mem:64M",
-        mem_budget="8G",
-        kv_path="direct",
-        max_tokens=TOKENS,
-        batch_size=1,
-        dtype=torch.float32,
-        cache_dir=tmp_path,
-        checksum=checksum,
-    ) as cache:
+    with on_mem(tmp_path, checksum) as cache:
         before = generate(cache, new=2)
         tensor = cache.storage.store.tensors[TensorKey(1, "V")]
         cache.storage.store.flush()
