@@ -89,10 +89,6 @@ def write_bytes(queue: Queue, offset: int, data: bytes) -> None:
         queue.run(WRITE, [plain(offset, region.address, len(data))])
 
 
-def tasks() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/task")}
-
-
 def python(code: str, *, timeout: float = 60.0, **options: object) -> str:
     """stdout of a Python process that runs `code`. Fails where it fails."""
     done = subprocess.run(

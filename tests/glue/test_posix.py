@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media import CAPACITY, array, noise, open_file, python, read_back, tasks, write_bytes
+from leftovers import ended, tasks
+from media import CAPACITY, array, noise, open_file, python, read_back, write_bytes
 from test_faults import failure
 from test_order import test_everything_submitted_without_waiting  # noqa: F401
 from test_process import test_two_threads_with_a_queue_each  # noqa: F401
@@ -160,14 +161,6 @@ def cpu_ns(threads: set[int]) -> list[int]:
 def endless(queue: Queue, address: int, mib: int) -> int:
     """A read of so many MiB of zeros into the same MiB: a medium that takes its time."""
     return queue.submit(READ, [Piece(0, address, 0, 0, 1 << 20, mib)])
-
-
-def ended(before: set[int]) -> bool:
-    """A thread that was joined is listed for an instant longer."""
-    deadline = time.monotonic() + 5
-    while tasks() != before and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return tasks() == before
 
 
 @pytest.fixture

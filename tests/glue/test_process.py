@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from media import CAPACITY, open_file, python, tasks
+from leftovers import tasks
+from media import CAPACITY, open_file, python
 
 from spdk_glue import PAGE, READ, MemOptions, Queue, QueueOptions, TransferTimeout, plain
 

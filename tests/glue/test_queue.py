@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media import CAPACITY, array, noise, open_file, python, read_back, tasks, write_bytes
+from leftovers import ended, tasks
+from media import CAPACITY, array, noise, open_file, python, read_back, write_bytes
 
 from spdk_glue import (
     FLUSH,
@@ -143,7 +144,7 @@ def test_impossible_options(options: QueueOptions) -> None:
     with pytest.raises(GlueError) as caught:
         Queue.memory(CAPACITY, options)
     assert caught.value.errno == errno.EINVAL
-    assert tasks() == before
+    assert ended(before)
 
 
 # flush --------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def test_a_closed_queue_refuses_everything(opened, regions) -> None:
         tag = queue.submit(READ, [plain(0, region.address, PAGE)])
         assert queue.close() == 0
         assert queue.closed
-        assert tasks() == before
+        assert ended(before)
         for use in (
             lambda: queue.try_submit(READ, [plain(0, region.address, PAGE)]),
             lambda: queue.submit(READ, [plain(0, region.address, PAGE)]),
@@ -312,7 +313,7 @@ def test_a_forgotten_queue_ends_its_thread_and_its_descriptors(opened, tmp_path:
         assert tasks() != before
         del queue
         gc.collect()
-        assert tasks() == before
+        assert ended(before)
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
@@ -323,7 +324,7 @@ def test_hundreds_of_queues_leave_nothing(opened, regions) -> None:
         with opened(QueueOptions(queue_depth=2, command_bytes=PAGE)) as queue:
             for _ in range(number % 5):
                 queue.submit(READ, [plain(0, region.address, CAPACITY)])
-    assert tasks() == before
+    assert ended(before)
     assert len(os.listdir("/proc/self/fd")) == fds
 
 

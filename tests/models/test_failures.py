@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import model_of
+from leftovers import descriptors, ended, tasks
 
 from dualblade import DualBladeCache
 from dualblade.errors import ConfigError, ModelError, StorageError
@@ -115,7 +116,7 @@ def test_a_lying_medium_is_caught_by_checksums(tmp_path: Path, checksum: bool) -
 
 
 def test_closing_leaves_no_file_and_no_thread(direct_dir: Path) -> None:
-    files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    files, threads = descriptors(), tasks()
     with DualBladeCache(
         model_of("llama", torch.float32).config,
         mem_budget="8G",
@@ -126,10 +127,10 @@ def test_closing_leaves_no_file_and_no_thread(direct_dir: Path) -> None:
         cache_dir=direct_dir,
     ) as cache:
         generate(cache)
-        assert len(os.listdir("/proc/self/fd")) > files
+        assert descriptors() > files
         assert list(direct_dir.iterdir()) == []  # all of it is unlinked from the start
-    assert len(os.listdir("/proc/self/fd")) == files
-    assert len(os.listdir("/proc/self/task")) <= threads
+    assert descriptors() == files
+    assert ended(threads)
 
 
 def test_rows_stay_valid_after_close(direct_dir: Path) -> None:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from leftovers import descriptors, ended, tasks
 
 from dualblade.errors import CapacityError, TargetError
 from dualblade.paths import pagecache
@@ -29,11 +30,6 @@ def path(tmp_path: Path) -> Iterator[PageCachePath]:
     path = PageCachePath(tmp_path)
     yield path
     path.close()
-
-
-def open_things() -> tuple[int, int]:
-    """Descriptors and threads of this process."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 def allocated(path: PageCachePath) -> int:
@@ -79,12 +75,13 @@ def test_a_permissive_umask_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_closing_frees_descriptors_threads_and_space(tmp_path: Path) -> None:
-    before = open_things()
+    files, threads = descriptors(), tasks()
     path = PageCachePath(tmp_path)
     path.allocate([(KEYS[0], 64 * MIB)])
     assert path.close() == 0
     assert path.close() == 0
-    assert open_things() == before
+    assert descriptors() == files
+    assert ended(threads)
 
 
 # rooms --------------------------------------------------------------------------------------
@@ -132,11 +129,12 @@ def test_released_space_comes_back(path: PageCachePath) -> None:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="need a tmpfs at /dev/shm")
 def test_a_folder_in_memory_is_refused() -> None:
-    before = open_things()
+    files, threads = descriptors(), tasks()
     with pytest.raises(TargetError, match="/dev/shm is in memory, not on a disk") as caught:
         PageCachePath(Path("/dev/shm"))
     assert "--cache-dir" in str(caught.value.hint)
-    assert open_things() == before
+    assert descriptors() == files
+    assert ended(threads)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +142,11 @@ def test_a_folder_in_memory_is_refused() -> None:
 )
 def test_a_folder_that_is_none(tmp_path: Path, folder: str, reason: str) -> None:
     (tmp_path / "file").touch()
-    before = open_things()
+    files, threads = descriptors(), tasks()
     with pytest.raises(TargetError, match=rf"{folder}: {reason}"):
         PageCachePath(tmp_path / folder)
-    assert open_things() == before
+    assert descriptors() == files
+    assert ended(threads)
 
 
 def test_a_folder_that_refuses_files() -> None:

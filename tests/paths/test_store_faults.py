@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from leftovers import descriptors, ended, tasks
 from stores import Checked, MemPath, Shape, make_store
 
 from dualblade.device import CpuDevice
@@ -27,14 +27,6 @@ K0, V0, K1, V1 = (TensorKey(layer, kind) for layer in (0, 1) for kind in "KV")
 BLOCK = 16  # tokens, of the default shape
 SHAPE = Shape(layers=3, tokens=BLOCK)
 OPTIONS = QueueOptions(command_bytes=PAGE, drain_ms=100)
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def tasks() -> int:
-    return len(os.listdir("/proc/self/task"))
 
 
 @pytest.fixture
@@ -258,7 +250,7 @@ def test_a_queue_that_stays_full() -> None:
 def test_closing_after_a_failure_leaves_nothing(kind: str, op: int, tmp_path: Path) -> None:
     """Beside a path that is well; memory that the medium may still write to is kept."""
     gc.collect()
-    before = descriptors(), tasks()
+    files, threads = descriptors(), tasks()
     path = MemPath(OPTIONS, timeout_s=0.2)
     paths = {PathKind.DIRECT: path, PathKind.PAGE_CACHE: PageCachePath(tmp_path)}
     checked = Checked(
@@ -270,7 +262,8 @@ def test_closing_after_a_failure_leaves_nothing(kind: str, op: int, tmp_path: Pa
     address = checked.store.pool.region.address
     checked.store.close()
     checked.store.close()
-    assert (descriptors(), tasks()) == before
+    assert descriptors() == files
+    assert ended(threads)
     assert list(tmp_path.iterdir()) == []
     del checked
     gc.collect()
