@@ -20,3 +20,11 @@ def default_cache_dir() -> Path:
         raise ConfigError(
             "this user has no home folder for the cache", "name a folder with --cache-dir"
         ) from error
+
+
+def nvme_secrets() -> dict[str, str]:
+    """Keys for remote targets, which do not belong on a command line: DUALBLADE_DHCHAP_KEY,
+    DUALBLADE_DHCHAP_CTRLR_KEY ("DHHC-1:...") and DUALBLADE_TLS_PSK ("NVMeTLSkey-1:...")."""
+    names = ("dhchap_key", "dhchap_ctrlr_key", "tls_psk")
+    values = {name: os.environ.get(f"DUALBLADE_{name.upper()}", "") for name in names}
+    return {name: value for name, value in values.items() if value}

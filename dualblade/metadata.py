@@ -78,11 +78,11 @@ class _Transfer:
     region: Region = field(init=False)
 
     def __enter__(self) -> Region:
-        self.region = Region(self.nbytes, hugepages=False)
+        self.region = Region(self.nbytes, hugepages=False, of_env=self.medium.queue.needs_env_memory)
         return self.region
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if error is None or isinstance(error, TransferError):
+        if error is None or (isinstance(error, TransferError) and not error.completion.memory_at_risk):
             self.region.close()
         else:
             self.region.abandon()

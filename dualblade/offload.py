@@ -67,7 +67,11 @@ class Offload:
                 else capacity_for(wanted, extents)
             )
         options = QueueOptions(drain_ms=int(settings.timeout_s * 1000))
-        target = open_target(settings.nvme, capacity=capacity, cache_dir=settings.cache_dir, options=options)
+        footprint = self.plan.footprint
+        target = open_target(
+            settings.nvme, capacity=capacity, cache_dir=settings.cache_dir, options=options,
+            memory=footprint.staging_bytes + footprint.tails_bytes, timeout=settings.timeout_s,
+        )  # fmt: skip
         try:
             volume = open_volume(target)
         except BaseException:

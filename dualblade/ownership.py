@@ -40,6 +40,16 @@ class Identity:
         return f"{self.model}, serial {self.serial}, {format_size(self.size)}"
 
 
+def identify_target(target: OpenTarget) -> Identity:
+    """Raises OSError where the target is gone."""
+    if target.nvme is not None:
+        medium = target.nvme.queue.medium()
+        assert medium is not None
+        return Identity(medium.model, medium.serial, target.capacity)
+    assert target.path is not None  # what is opened to be taken has a name
+    return identify(target.path, target.filesystem, target.capacity)
+
+
 def identify(path: Path, filesystem: str, size: int, sys: Path = Path("/sys")) -> Identity:
     """Raises OSError where the path is gone."""
     status = path.stat()

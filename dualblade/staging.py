@@ -35,11 +35,11 @@ class Slot:
 
 
 class SlotPool:
-    """`count` slots of `slot_bytes` in one region."""
+    """`count` slots of `slot_bytes` in one region. of_env: in memory that SPDK's controllers reach."""
 
-    def __init__(self, count: int, slot_bytes: int):
+    def __init__(self, count: int, slot_bytes: int, of_env: bool = False):
         self.slot_bytes = round_up(slot_bytes, PAGE)
-        self.region = Region(max(PAGE, count * self.slot_bytes))
+        self.region = Region(max(PAGE, count * self.slot_bytes), of_env=of_env)
         offsets = [number * self.slot_bytes for number in range(count)]
         self.slots = [Slot(self.region.address + offset, offset) for offset in offsets]
         self._free: deque[Slot] = deque(self.slots)

@@ -68,6 +68,7 @@ class KVStore:
         self.failure: DualBladeError | None = None
         self._layers = sorted({spec.key.layer for spec in specs})
         self._slots = slots
+        self._of_env = any(path.queue.needs_env_memory for path in paths.values())
         self._layer: int | None = None
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
@@ -79,7 +80,8 @@ class KVStore:
     def _make_tensors(
         self, specs: Sequence[TensorSpec], layouts: Mapping[TensorKey, Layout]
     ) -> tuple[Region, dict[TensorKey, Tensor]]:
-        region = Region(max(PAGE, sum(layouts[spec.key].block_bytes for spec in specs)), hugepages=False)
+        nbytes = max(PAGE, sum(layouts[spec.key].block_bytes for spec in specs))
+        region = Region(nbytes, hugepages=False, of_env=self._of_env)
         tensors, offset = {}, 0
         for spec in specs:
             layout = layouts[spec.key]
@@ -93,7 +95,7 @@ class KVStore:
         layouts = [tensor.layout for tensor in self.tensors.values()]
         self.capacity = max((layout.capacity_for(capacity) for layout in layouts), default=0)
         slot_bytes = max((layout.slot_bytes(self.capacity) for layout in layouts), default=0)
-        self.pool = SlotPool(self._slots, slot_bytes)
+        self.pool = SlotPool(self._slots, slot_bytes, self._of_env)
         for path in self.paths.values():
             path.register(self.pool.region)
 

@@ -26,6 +26,7 @@ from dualblade.target_files import (
     whole_lbas,
     zero_edges,
 )
+from dualblade.target_nvme import NvmeNamespace, nvme_options, open_nvme
 from dualblade.units import parse_size
 from dualblade.volume import TIMEOUT, Volume
 from spdk_glue import GlueError, Queue, QueueOptions
@@ -69,7 +70,7 @@ class TargetKind(Enum):
 @dataclass(frozen=True, slots=True)
 class Target:
     """text: as written. path: FILE, BLOCK, PASSTHROUGH. capacity: bytes, MEMORY. address: PCI or
-    transport id, with no `ns:`. namespace: from 1, PCI and TRANSPORT."""
+    transport id as SPDK reads it. namespace: from 1, PCI and TRANSPORT."""
 
     kind: TargetKind
     text: str
@@ -77,6 +78,12 @@ class Target:
     capacity: int = 0
     address: str = ""
     namespace: int = 1
+    hostnqn: str | None = None
+
+    @property
+    def by_spdk(self) -> bool:
+        """SPDK's driver reaches it."""
+        return self.kind in (TargetKind.PCI, TargetKind.TRANSPORT)
 
 
 # parse --------------------------------------------------------------------------------------
@@ -94,7 +101,7 @@ def parse_target(text: str) -> Target:
     if text.lower().startswith("trtype:"):
         return _parse_transport(text)
     if match := _PCI.fullmatch(text):
-        address = f"{match[1]}:{match[2]}:{match[3]}.{match[4]}".lower()
+        address = f"trtype:PCIe traddr:{match[1]}:{match[2]}:{match[3]}.{match[4]}".lower()
         return Target(TargetKind.PCI, text, address=address, namespace=_namespace(match[5] or "1"))
     if _PASSTHROUGH.fullmatch(text):
         return Target(TargetKind.PASSTHROUGH, text, Path(text))
@@ -111,8 +118,9 @@ def _parse_transport(text: str) -> Target:
         values[key.lower()] = value
     namespace = _namespace(values.pop("ns", "1"))
     _check_transport(values)
+    hostnqn = values.pop("hostnqn", None)
     address = " ".join(f"{key}:{value}" for key, value in values.items())
-    return Target(TargetKind.TRANSPORT, text, address=address, namespace=namespace)
+    return Target(TargetKind.TRANSPORT, text, address=address, namespace=namespace, hostnqn=hostnqn)
 
 
 def _check_transport(values: dict[str, str]) -> None:
@@ -138,9 +146,9 @@ class OpenTarget:
 
     capacity: bytes, whole LBAs. created: made by this call, so nothing on it is anybody's.
     exclusive: it vanishes with this process. note: why the place may be slow, or None.
-    filesystem: its name, "block device" or "memory". reason: why its engine is not io_uring, or None.
-    given_up: transfers that close() gave up; the
-    medium may still write to their memory, so keep it.
+    filesystem: its name, "block device", "NVMe namespace" or "memory". reason: why its engine is not
+    io_uring, or None. given_up: transfers that close() gave up; the medium may still write to their
+    memory, so keep it.
     """
 
     name: str
@@ -152,6 +160,7 @@ class OpenTarget:
     note: str | None = None
     path: Path | None = None
     given_up: int = 0
+    nvme: NvmeNamespace | None = None
     _fd: int | None = field(default=None, repr=False)
 
     @property
@@ -164,10 +173,14 @@ class OpenTarget:
 
     def edges(self) -> bytes:
         """The first and the last MiB, as they are now. Raises TargetError."""
+        if self.nvme is not None:
+            return self.nvme.edges()
         return b"" if self._fd is None else read_edges(self._fd, self.name)
 
     def erase_edges(self) -> None:
         """Zeros there: what other programs know a disk by. Raises TargetError."""
+        if self.nvme is not None:
+            self.nvme.erase_edges()
         if self._fd is not None:
             zero_edges(self._fd, self.name)
 
@@ -199,11 +212,14 @@ def open_target(
     cache_dir: Path,
     options: QueueOptions = QueueOptions(),  # noqa: B008
     create: bool = True,
+    memory: int = 0,
+    timeout: float = TIMEOUT,
 ) -> OpenTarget:
     """None: a file of this process alone in `cache_dir`.
 
     capacity: bytes of a file that is made; what exists keeps its size. create: make a file that
-    does not exist. Raises UsageError, TargetError, CapacityError.
+    does not exist. memory: bytes that buffers will take, and timeout: seconds for one transfer, for
+    SPDK. Raises UsageError, TargetError, CapacityError, BudgetError.
     """
     if target is None:
         return _open_exclusive(cache_dir, capacity, options)
@@ -211,12 +227,20 @@ def open_target(
     if target.kind is TargetKind.MEMORY:
         queue = _open_queue(target.text, lambda: Queue.memory(target.capacity, options))
         return OpenTarget(target.text, queue, target.capacity, True, True, "memory")
+    if target.by_spdk:
+        return _open_nvme(target, options, memory, timeout)
     if target.path is None or target.kind is TargetKind.PASSTHROUGH:
         raise TargetError(
             f"this build has no engine for the {target.kind.value} {target.text}",
             "use a file, a block device such as /dev/nvme1n1, or mem:SIZE",
         )
     return _open_path(target, target.path, capacity, options, create)
+
+
+def _open_nvme(target: Target, options: QueueOptions, memory: int, timeout: float) -> OpenTarget:
+    nvme = nvme_options(target.namespace, target.hostnqn, timeout)
+    found = open_nvme(target.text, target.address, nvme, options, memory)
+    return OpenTarget(found.name, found.queue, found.capacity, False, False, "NVMe namespace", nvme=found)
 
 
 def _open_exclusive(cache_dir: Path, capacity: int | None, options: QueueOptions) -> OpenTarget:

@@ -18,10 +18,17 @@ check() {
 }
 
 c_sources() {
-    local source bad=0
+    local source words flags bad=0
     for source in spdk_glue/csrc/*.c tests/c/*.c; do
-        [ "${source##*/}" = engine_uring.c ] && ! pkg-config --exists liburing && continue
-        "${CC:-cc}" -std=gnu11 -Wall -Wextra -Wconversion -Werror -fsyntax-only -Ispdk_glue/csrc "$source" || bad=1
+        flags=()
+        case "${source##*/}" in
+            no_*) ;;
+            engine_uring.c) pkg-config --exists liburing || continue ;;
+            *_spdk.c)
+                words=$(pkg-config --cflags spdk_nvme libdpdk 2>/dev/null) || continue
+                read -ra flags <<<"${words//-I/-isystem }" ;;
+        esac
+        "${CC:-cc}" -std=gnu11 -Wall -Wextra -Wconversion -Werror -fsyntax-only "${flags[@]}" -Ispdk_glue/csrc "$source" || bad=1
     done
     return $bad
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asynchronous block I/O in C. Knows nothing of tensors or models."""
 
+from spdk_glue.env import Environment, environment, last_words, spdk_version, start_environment
 from spdk_glue.errors import (
     Completion,
     GlueError,
@@ -14,8 +15,11 @@ from spdk_glue.memory import PAGE, Region
 from spdk_glue.queue import (
     FLUSH,
     READ,
+    TRIM,
     WRITE,
+    Medium,
     MemOptions,
+    NvmeOptions,
     Piece,
     Queue,
     QueueOptions,
@@ -25,7 +29,8 @@ from spdk_glue.queue import (
 )
 
 __all__ = [
-    "FLUSH", "PAGE", "READ", "WRITE", "Completion", "FileFacts", "GlueError", "MemOptions", "NotBuiltError",
-    "Piece", "Queue", "QueueOptions", "QueueStats", "Region", "TransferError", "TransferTimeout",
-    "cached_bytes", "engines", "file_facts", "plain", "why_no_uring",
+    "FLUSH", "PAGE", "READ", "TRIM", "WRITE", "Completion", "Environment", "FileFacts", "GlueError", "Medium",
+    "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions", "QueueStats", "Region",
+    "TransferError", "TransferTimeout", "cached_bytes", "engines", "environment", "file_facts", "last_words",
+    "plain", "spdk_version", "start_environment", "why_no_uring",
 ]  # fmt: skip

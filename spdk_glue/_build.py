@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from cffi import FFI
 
+sys.path.insert(0, str(Path(__file__).parent))  # the package itself cannot be imported before it is built
+from _find_spdk import find_spdk, pkg_config
+
 CSRC = Path(__file__).parent / "csrc"
+SPDK_SOURCES = ["env_spdk.c", "keys_spdk.c", "controller_spdk.c", "engine_spdk.c"]
 COMMON = ["queue.c", "io_thread.c", "memory.c", "engine_posix.c", "engine_mem.c", "engine_null.c"]
-
-
-def pkg_config(package: str, flag: str) -> list[str] | None:
-    """The words that `pkg-config flag package` prints, or None where the package is not found."""
-    try:
-        done = subprocess.run(["pkg-config", flag, package], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return shlex.split(done.stdout)
 
 
 def declarations() -> str:
@@ -34,31 +28,45 @@ def declarations() -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
 
 
+def say(text: str) -> None:
+    print(f"spdk_glue: {text}", file=sys.stderr)
+
+
+def uring_parts() -> tuple[list[str], list[str]]:
+    """Sources and libraries of the io_uring engine, or of its twin."""
+    words = None if os.environ.get("DUALBLADE_NO_URING") else pkg_config("--libs-only-l", "liburing")
+    if words is None:
+        say("liburing not found (Debian: apt-get install liburing-dev); building without it")
+        return ["no_uring.c"], []
+    return ["engine_uring.c"], [word.removeprefix("-l") for word in words]
+
+
+def spdk_parts() -> tuple[list[str], list[str], list[str]]:
+    """Sources, compiler's and linker's words of the SPDK engine, or of its twin."""
+    found = "DUALBLADE_NO_SPDK is set" if os.environ.get("DUALBLADE_NO_SPDK") else find_spdk()
+    if isinstance(found, str):
+        say(f"building without SPDK: {found}")
+        return ["no_spdk.c"], [], []
+    say(f"building with {found}")
+    return SPDK_SOURCES, found.compile_args, found.link_args
+
+
 def make_builder() -> FFI:
-    sources = list(COMMON)
-    libraries = ["pthread"]
-    uring = None if os.environ.get("DUALBLADE_NO_URING") else pkg_config("liburing", "--libs-only-l")
-    if uring is None:
-        print(
-            "spdk_glue: liburing not found (Debian: apt-get install liburing-dev); building without it",
-            file=sys.stderr,
-        )
-        sources.append("no_uring.c")
-    else:
-        sources.append("engine_uring.c")
-        libraries += [word.removeprefix("-l") for word in uring]
+    uring_sources, libraries = uring_parts()
+    spdk_sources, includes, spdk_links = spdk_parts()
     sanitize = shlex.split(os.environ.get("DUALBLADE_CFLAGS", ""))
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
     builder = FFI()
     builder.cdef(declarations())
     builder.set_source(
         "spdk_glue._glue",
         '#include "glue_api.h"',
-        sources=[os.path.relpath(CSRC / name) for name in sources],
+        sources=[os.path.relpath(CSRC / name) for name in (*COMMON, *uring_sources, *spdk_sources)],
         depends=[os.path.relpath(path) for path in sorted(CSRC.glob("*.[ch]"))],
         include_dirs=[os.path.relpath(CSRC)],
-        libraries=libraries,
-        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", *sanitize],
-        extra_link_args=sanitize,
+        libraries=["pthread", *libraries],
+        extra_compile_args=[*flags, *includes, *sanitize],
+        extra_link_args=[*spdk_links, *sanitize],
     )
     return builder
 

@@ -14,3 +14,4 @@ except ImportError as error:
 
 ffi: Any = _glue.ffi
 lib: Any = _glue.lib
+lib.glue_loaded()

@@ -22,6 +22,7 @@ class Completion:
 
     result: bytes moved, or -errno. offset: byte offset of the command that failed.
     sct, sc: NVMe status code type and status code where the medium gave them, else 0, 0.
+    memory_at_risk: the medium may still write to the transfer's memory, which must be kept for ever.
     """
 
     tag: int
@@ -30,6 +31,7 @@ class Completion:
     sct: int = 0
     sc: int = 0
     file: int = 0
+    memory_at_risk: bool = False
 
 
 class TransferError(GlueError):

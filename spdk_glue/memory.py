@@ -15,12 +15,17 @@ PAGE = 4096
 class _Free:
     """Gives memory back, in the process that took it alone."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, of_env: bool):
         self._size = size
+        self._of_env = of_env
         self._pid = os.getpid()
 
     def __call__(self, pointer: Any) -> None:
-        if os.getpid() == self._pid:
+        if os.getpid() != self._pid:
+            return
+        if self._of_env:
+            lib.glue_env_free(pointer)
+        else:
             lib.glue_memory_free(pointer, self._size)
 
 
@@ -28,19 +33,24 @@ class Region:
     """`size` bytes in whole pages of 4 KiB, zero at first, aligned to 2 MiB. held: bytes that the
     process pays for, whole hugepages where it got them.
 
-    kind: "hugetlb" (reserved hugepages), "thp" (the kernel may use transparent hugepages) or
-    "plain". Raises GlueError (ENOMEM) where there is no memory.
+    kind: "hugetlb" (reserved hugepages), "thp" (the kernel may use transparent hugepages), "plain",
+    or "spdk", the environment's, which a controller can reach. of_env: take it from there.
+    Raises GlueError (ENOMEM) where there is no memory.
     """
 
-    def __init__(self, size: int, hugepages: bool = True):
+    def __init__(self, size: int, hugepages: bool = True, of_env: bool = False):
         c_size, c_kind, c_error = ffi.new("uint64_t *", size), ffi.new("int *"), ffi.new("int *")
-        pointer = lib.glue_memory_alloc(c_size, int(hugepages), c_kind, c_error)
-        check(c_error[0], f"allocate {size} bytes")
-        self.held = int(c_size[0])
         self.size = -(-size // PAGE) * PAGE
+        if of_env:
+            pointer = lib.glue_env_alloc(self.size, c_error)
+            c_size[0] = self.size
+        else:
+            pointer = lib.glue_memory_alloc(c_size, int(hugepages), c_kind, c_error)
+        check(c_error[0], f"allocate {size} bytes" + " of SPDK's memory" * of_env)
+        self.held = int(c_size[0])
         self.address = int(ffi.cast("uintptr_t", pointer))
-        self.kind = ("plain", "thp", "hugetlb")[c_kind[0]]
-        self._owner: Any = ffi.gc(pointer, _Free(self.held))
+        self.kind = "spdk" if of_env else ("plain", "thp", "hugetlb")[c_kind[0]]
+        self._owner: Any = ffi.gc(pointer, _Free(self.held, of_env))
         self._buffer: Any = memoryview(ffi.buffer(self._owner, self.size))
 
     def buffer(self, offset: int = 0, size: int | None = None) -> memoryview:

@@ -7,10 +7,11 @@ import errno
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from spdk_glue._ffi import ffi, lib
+from spdk_glue.env import last_words, take_log
 from spdk_glue.errors import (
     Completion,
     GlueError,
@@ -22,12 +23,13 @@ from spdk_glue.errors import (
 )
 from spdk_glue.memory import Region
 
-READ, WRITE, FLUSH = 0, 1, 2
+READ, WRITE, TRIM, FLUSH = 0, 1, 2, 3
 FileEngine = Literal["auto", "uring", "posix"]
-_REGISTER, _UNREGISTER = 3, 4
+_REGISTER, _UNREGISTER = 4, 5
 _REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
 _FAULTS = {"error": 0, "torn": 1, "hang": 2}
 _BATCH = 64
+_MEDIUM_TEXTS = ("transport", "serial", "model", "firmware", "uuid")
 _SLICE_S = 0.2
 
 
@@ -92,6 +94,42 @@ class QueueStats:
     write_busy_s: float
     max_in_flight: int
     registered_bytes: int
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeOptions:
+    """How the spdk engine speaks to its controller. Seconds: timeout_s for one command, admin_s for
+    an admin command, open_s for the connection. hostnqn: who we say we are. dhchap_key,
+    dhchap_ctrlr_key: DH-HMAC-CHAP, "DHHC-1:..."; tls_psk: "NVMeTLSkey-1:..."."""
+
+    nsid: int = 1
+    timeout_s: float = 30.0
+    admin_s: float = 4.0
+    open_s: float = 15.0
+    hostnqn: str | None = None
+    dhchap_key: str | None = None
+    dhchap_ctrlr_key: str | None = None
+    tls_psk: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """What an NVMe namespace says of itself. volatile_cache: writes are durable only after a flush.
+    recoveries: times its connection or controller was brought back."""
+
+    nbytes: int
+    lba_bytes: int
+    max_command_bytes: int
+    volatile_cache: bool
+    can_trim: bool
+    any_memory: bool
+    recoveries: int
+    transport: str
+    serial: str
+    model: str
+    firmware: str
+    uuid: str
 
 
 class _Close:
@@ -135,6 +173,7 @@ class Queue:
             raise NotBuiltError(f"this build has no engine {engine!r} (it has: {', '.join(engines())})")
         check(error[0], f"open the {engine} engine")
         self._queue = ffi.gc(queue, _Close())
+        self.options = self._options_in_force()
 
     # open -----------------------------------------------------------------------------------
 
@@ -176,6 +215,31 @@ class Queue:
     def null(cls, options: QueueOptions = QueueOptions()) -> Queue:
         """Completes at once and moves nothing."""
         return cls(_c_options("null", options, num_files=1), "null", options)
+
+    @classmethod
+    def nvme(
+        cls,
+        transport_id: str,
+        options: QueueOptions = QueueOptions(),
+        nvme: NvmeOptions = NvmeOptions(),
+    ) -> Queue:
+        """A namespace through SPDK's driver, whose environment must have been started. The transport
+        id is as SPDK reads it. Raises NotBuiltError, GlueError with SPDK's own words."""
+        texts = {
+            name: ffi.new("char[]", text.encode())
+            for name in ("hostnqn", "dhchap_key", "dhchap_ctrlr_key", "tls_psk")
+            if (text := getattr(nvme, name)) is not None
+        }
+        c_options = _c_options(
+            "spdk", options, num_files=1, target=ffi.new("char[]", transport_id.encode()), nsid=nvme.nsid,
+            timeout_ms=int(nvme.timeout_s * 1000), admin_timeout_ms=int(nvme.admin_s * 1000),
+            open_ms=int(nvme.open_s * 1000), **texts,
+        )  # fmt: skip
+        take_log()
+        try:
+            return cls(c_options, "spdk", options)
+        except GlueError as error:
+            raise GlueError(error.errno or errno.EIO, _why_not(error, nvme)) from error
 
     # submit ---------------------------------------------------------------------------------
 
@@ -243,8 +307,9 @@ class Queue:
         )
         for record in self._batch[0:count]:
             self._done[record.tag] = Completion(
-                record.tag, record.result, record.offset, record.sct, record.sc, record.file
-            )
+                record.tag, record.result, record.offset, record.sct, record.sc, record.file,
+                bool(record.memory_at_risk),
+            )  # fmt: skip
         return count
 
     # memory, state --------------------------------------------------------------------------
@@ -280,8 +345,41 @@ class Queue:
         return QueueStats(
             c_stats.commands, c_stats.read_bytes, c_stats.write_bytes, c_stats.busy_ns / 1e9,
             c_stats.read_busy_ns / 1e9, c_stats.write_busy_ns / 1e9, c_stats.max_in_flight,
-            c_stats.registered << 20,
+            c_stats.registered << 20, c_stats.cpu_ns / 1e9,
         )  # fmt: skip
+
+    def medium(self) -> Medium | None:
+        """None where the engine is not spdk."""
+        if self.engine != "spdk":
+            return None
+        c_medium = ffi.new("glue_medium *")
+        check(lib.glue_queue_medium(self._open(), c_medium), "ask the controller")
+        texts = [ffi.string(getattr(c_medium, name)).decode(errors="replace") for name in _MEDIUM_TEXTS]
+        return Medium(
+            c_medium.bytes, c_medium.lba_bytes, c_medium.max_command_bytes, bool(c_medium.volatile_cache),
+            bool(c_medium.can_trim), bool(c_medium.any_memory), c_medium.recoveries, *texts,
+        )  # fmt: skip
+
+    @property
+    def needs_env_memory(self) -> bool:
+        """Transfers use the environment's memory alone (Region(of_env=True))."""
+        medium = self.medium()
+        return medium is not None and not medium.any_memory
+
+    @property
+    def polls(self) -> bool:
+        """The I/O thread keeps a CPU busy while transfers are under way."""
+        return self.engine == "spdk"
+
+    def trim(self, ranges: Sequence[tuple[int, int]], timeout: float = 60.0) -> None:
+        """Let the medium forget (offset, bytes), where it can."""
+        if self.engine in ("spdk", "mem") and ranges:
+            self.run(TRIM, [plain(offset, 0, nbytes) for offset, nbytes in ranges], timeout)
+
+    def _options_in_force(self) -> QueueOptions:
+        depth, command = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        lib.glue_queue_options(self._queue, depth, command)
+        return replace(self.options, queue_depth=int(depth[0]), command_bytes=int(command[0]))
 
     @property
     def closed(self) -> bool:
@@ -315,6 +413,19 @@ class Queue:
             "closed" if self.closed else f"depth {self.options.queue_depth}, {len(self._waiting)} under way"
         )
         return f"<Queue {self.engine}, {state}>"
+
+
+def _why_not(error: GlueError, nvme: NvmeOptions) -> str:
+    """Why a controller could not be opened."""
+    reasons = {
+        errno.ETIMEDOUT: f"no connection within {nvme.open_s:g} s; a vfio-user controller serves one client",
+        errno.EBUSY: "this process has the controller open already",
+        errno.ENXIO: f"the controller has no active namespace {nvme.nsid}",
+        errno.EMEDIUMTYPE: "the namespace is formatted with metadata, or with blocks larger than 4 KiB",
+        errno.EINVAL: "SPDK cannot read the transport id, or a key",
+        errno.ECHILD: "SPDK's environment does not run in this process",
+    }
+    return reasons.get(error.errno or 0) or f"cannot connect: {last_words()}"
 
 
 def engines() -> list[str]:

@@ -111,12 +111,11 @@ def _existing(opened: OpenTarget) -> Volume:
 
 
 def _create(opened: OpenTarget, serial: str | None) -> dict[str, Any]:
-    from dualblade.ownership import check_free_to_take, identify
+    from dualblade.ownership import check_free_to_take, identify_target
     from dualblade.volume import Volume
 
-    assert opened.path is not None  # what is opened here has a name
     try:
-        who = identify(opened.path, opened.filesystem, opened.capacity)
+        who = identify_target(opened)
         if check_free_to_take(opened, who, serial):
             opened.erase_edges()
         made = Volume.create(opened.queue, opened.capacity, name=opened.name)

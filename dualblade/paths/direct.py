@@ -42,8 +42,17 @@ class DirectPath(StoragePath):
         return rooms
 
     def release(self, rooms: Sequence[Room]) -> None:
-        if rooms:
-            self.volume.free([self._extents.pop(room) for room in rooms])
+        self._free([self._extents.pop(room) for room in rooms])
+
+    def _free(self, extents: Sequence[Extent]) -> None:
+        """The medium may forget them once the table no longer names them."""
+        if not extents:
+            return
+        self.volume.free(extents)
+        try:
+            self.queue.trim([(extent.offset, extent.nbytes) for extent in extents], self.timeout_s)
+        except OSError:  # a favour to the medium: what it holds is nobody's already
+            return
 
     def discard(self) -> None:
         self._extents.clear()
@@ -53,7 +62,7 @@ class DirectPath(StoragePath):
         """The extents of a target of this process alone go with it; another's table is tidied first."""
         try:
             if self._extents and not self._open_target.exclusive:
-                self.volume.free(list(self._extents.values()))
+                self._free(list(self._extents.values()))
         finally:
             self._extents.clear()
             self._open_target.close()

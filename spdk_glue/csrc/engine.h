@@ -21,21 +21,27 @@ struct command {
     uint64_t moved;
     struct iovec *iov;    /* owned by the queue, iov_capacity long */
     unsigned first, niov; /* iov[first .. first + niov) is still to move */
-    uint64_t due_ns;      /* mem: when it completes */
+    uint64_t span;        /* TRIM: how many bytes */
+    uint64_t due_ns;      /* mem: when it completes; spdk: when it has taken too long */
     int hung;             /* mem: never completes */
-    struct command *next;
+    unsigned at, tries;   /* spdk: the segment that SPDK asks for next; how often it was lost */
+    uint64_t into;        /* spdk: bytes into that segment */
+    void *sender;         /* spdk: the engine */
+    struct command *next, *prev; /* lists of whoever holds it */
 };
 
 struct event {
     struct command *command;
     int64_t result; /* bytes or -errno */
     uint16_t sct, sc;
+    int memory_at_risk; /* the medium may still write to the command's memory */
 };
 
 struct engine_ops {
     const char *name;
-    /* Required. 0 or -errno. */
-    int (*open)(void **self, const glue_options *options);
+    int trims; /* submit() takes GLUE_TRIM */
+    /* Required. 0 or -errno. May change queue_depth and command_bytes to what the medium takes. */
+    int (*open)(void **self, glue_options *options);
     /* Required. Take a command; 0, or -EAGAIN when full. */
     int (*submit)(void *self, struct command *command);
     /* Required. Start what was submitted and collect events. Waits in the kernel until there is an
@@ -50,9 +56,10 @@ struct engine_ops {
     uint64_t (*remove_memory)(void *self, uint64_t address);
     /* Optional, from any thread. */
     int (*fault)(void *self, const glue_fault *fault);
+    int (*medium)(void *self, glue_medium *out);
 };
 
-extern const struct engine_ops engine_uring, engine_posix, engine_mem, engine_null;
+extern const struct engine_ops engine_uring, engine_posix, engine_spdk, engine_mem, engine_null;
 
 uint64_t clock_ns(void);
 /* For pthread_cond_timedwait on a condition of cond_init_monotonic; now where timeout_ns is negative. */

@@ -25,7 +25,7 @@ struct mem_engine {
     uint64_t random;
 };
 
-static int mem_open(void **self, const glue_options *options)
+static int mem_open(void **self, glue_options *options)
 {
     struct mem_engine *engine = calloc(1, sizeof *engine);
     if (!engine)
@@ -110,8 +110,12 @@ static int carry_out(struct mem_engine *engine, struct command *command, struct 
     *out = (struct event){.command = command, .result = (int64_t)command->bytes};
     if (command->op == GLUE_FLUSH)
         return 1;
-    if (command->offset + command->bytes > engine->options.capacity) {
-        *out = (struct event){command, -EIO, 0, 0x80}; /* NVMe: LBA out of range */
+    if (command->offset + command->bytes + command->span > engine->options.capacity) {
+        *out = (struct event){.command = command, .result = -EIO, .sc = 0x80}; /* NVMe: LBA out of range */
+        return 1;
+    }
+    if (command->op == GLUE_TRIM) {
+        memset(engine->medium + command->offset, 0, command->span);
         return 1;
     }
     const glue_fault *fault = meet_fault(engine, command);
@@ -121,7 +125,7 @@ static int carry_out(struct mem_engine *engine, struct command *command, struct 
     }
     if (fault->kind == GLUE_FAULT_TORN)
         move_bytes(engine, command, command->bytes / 2);
-    *out = (struct event){command, -EIO, fault->sct, fault->sc};
+    *out = (struct event){.command = command, .result = -EIO, .sct = fault->sct, .sc = fault->sc};
     return fault->kind != GLUE_FAULT_HANG;
 }
 
@@ -234,6 +238,7 @@ static void mem_close(void *self)
 
 const struct engine_ops engine_mem = {
     .name = "mem",
+    .trims = 1,
     .open = mem_open,
     .submit = mem_submit,
     .wait = mem_wait,

@@ -13,7 +13,7 @@ struct null_engine {
     struct command *first; /* submitted; order does not matter */
 };
 
-static int null_open(void **self, const glue_options *options)
+static int null_open(void **self, glue_options *options)
 {
     (void)options;
     struct null_engine *engine = calloc(1, sizeof *engine);
@@ -69,6 +69,7 @@ static void null_close(void *self)
 
 const struct engine_ops engine_null = {
     .name = "null",
+    .trims = 1,
     .open = null_open,
     .submit = null_submit,
     .wait = null_wait,

@@ -119,7 +119,7 @@ static int start_threads(struct posix_engine *engine, const glue_options *option
     return engine->num_threads ? 0 : -error;
 }
 
-static int posix_open(void **self, const glue_options *options)
+static int posix_open(void **self, glue_options *options)
 {
     struct posix_engine *engine = calloc(1, sizeof *engine);
     if (!engine)

@@ -55,7 +55,7 @@ static void allow_workers(struct uring_engine *engine)
     io_uring_register_iowq_max_workers(&engine->ring, limits);
 }
 
-static int uring_open(void **self, const glue_options *options)
+static int uring_open(void **self, glue_options *options)
 {
     struct uring_engine *engine = calloc(1, sizeof *engine);
     if (!engine)

@@ -12,9 +12,10 @@ typedef struct glue_queue glue_queue;
 enum {
     GLUE_READ = 0,
     GLUE_WRITE = 1,
-    GLUE_FLUSH = 2,    /* completes when every transfer submitted before it is durable */
-    GLUE_REGISTER = 3, /* piece 0 names memory to register with the engine; result 1 done, 0 without */
-    GLUE_UNREGISTER = 4
+    GLUE_TRIM = 2,     /* the medium may forget the pieces (NVMe: deallocate); they name no memory */
+    GLUE_FLUSH = 3,    /* completes when every transfer submitted before it is durable */
+    GLUE_REGISTER = 4, /* piece 0 names memory to register with the engine; result 1 done, 0 without */
+    GLUE_UNREGISTER = 5
 };
 
 /* A strided piece of one transfer. On the medium it is contiguous from `offset`, in block order
@@ -34,7 +35,8 @@ typedef struct {
 
 /* What became of a transfer. A failed one carries the first failure: result is -errno, offset the
  * byte offset of the command that failed, sct and sc the NVMe status type and code where the
- * medium gave one (0/0 otherwise). */
+ * medium gave one (0/0 otherwise). memory_at_risk: the medium did not confirm that it let go of the
+ * transfer's memory, so the caller must never use that memory for anything else. */
 typedef struct {
     uint64_t tag;
     int64_t result;
@@ -42,14 +44,15 @@ typedef struct {
     uint16_t sct;
     uint16_t sc;
     uint32_t file;
+    uint32_t memory_at_risk;
 } glue_completion;
 
 typedef struct {
-    const char *kind;        /* "uring", "posix", "mem" or "null" */
+    const char *kind;        /* "uring", "posix", "spdk", "mem" or "null" */
     const int *fds;          /* uring, posix: open files, still owned by the caller */
     uint32_t num_files;
-    uint32_t queue_depth;    /* commands in flight */
-    uint32_t command_bytes;  /* larger transfers are split at this size */
+    uint32_t queue_depth;    /* commands in flight; an engine may raise it, with smaller commands */
+    uint32_t command_bytes;  /* larger transfers are split at this size; an engine may lower it */
     uint32_t max_transfers;  /* transfers accepted and not yet reaped */
     uint32_t flags;
     uint32_t drain_ms;       /* what closing grants commands in flight */
@@ -57,6 +60,15 @@ typedef struct {
     uint64_t bandwidth;      /* mem: bytes a second, 0 for as fast as memory */
     uint64_t latency_ns;     /* mem: added to every command */
     uint64_t seed;           /* mem: with GLUE_REORDER, completions come in a shuffled order */
+    const char *target;      /* spdk: a transport id as spdk_nvme_transport_id_parse() reads it */
+    const char *hostnqn;     /* spdk: who we say we are, or NULL for a random name */
+    const char *dhchap_key;  /* spdk: what DH-HMAC-CHAP proves us with ("DHHC-1:..."), or NULL */
+    const char *dhchap_ctrlr_key; /* spdk: what the controller must prove itself with, or NULL */
+    const char *tls_psk;     /* spdk: a TLS pre-shared key ("NVMeTLSkey-1:..."), or NULL */
+    uint32_t nsid;           /* spdk: namespace, from 1 */
+    uint32_t timeout_ms;     /* spdk: what one command may take before it is aborted */
+    uint32_t admin_timeout_ms; /* spdk: the same for an admin command */
+    uint32_t open_ms;        /* what opening may take, 0 for ever */
 } glue_options;
 
 enum {
@@ -73,7 +85,31 @@ typedef struct {
     uint64_t write_busy_ns;
     uint32_t max_in_flight;
     uint32_t registered;     /* bytes of memory registered with the engine, in MiB */
+    uint64_t cpu_ns;         /* CPU time of the I/O thread */
 } glue_stats;
+
+/* What an NVMe namespace says of itself. */
+typedef struct {
+    uint64_t bytes;
+    uint32_t lba_bytes;
+    uint32_t max_command_bytes;
+    uint32_t volatile_cache; /* writes are durable only after a flush */
+    uint32_t can_trim;
+    uint32_t any_memory;     /* transfers may use memory that is not the env's */
+    uint32_t recoveries;     /* times the connection or the controller was brought back */
+    char transport[16];
+    char serial[24];
+    char model[44];
+    char firmware[12];
+    char uuid[40];           /* empty where it has none */
+} glue_medium;
+
+/* SPDK's environment: one for the life of the process. */
+typedef struct {
+    uint64_t bytes;     /* of memory for buffers, reserved at once and never more */
+    uint32_t hugepages; /* 1: take reserved hugepages, 0: ordinary memory */
+    uint32_t pci;       /* 1: PCI devices can be used */
+} glue_env_options;
 
 /* A scripted fault of the mem engine: the commands of `op` that touch [lo, hi) are counted; the
  * first `skip` pass, the next `count` fail. */
@@ -102,8 +138,21 @@ typedef struct {
 
 enum { GLUE_MEMORY_PLAIN = 0, GLUE_MEMORY_THP = 1, GLUE_MEMORY_HUGETLB = 2 };
 
+/* Once, when the module has been loaded: undoes what a library did to the process by being loaded. */
+void glue_loaded(void);
 /* What this build holds, e.g. "uring posix mem null". */
 const char *glue_engines(void);
+/* SPDK's version, e.g. "26.05", or "" in a build without it. */
+const char *glue_spdk_version(void);
+
+/* 0; -EALREADY where it is there; -ENOTSUP in a build without SPDK. */
+int glue_env_start(const glue_env_options *options);
+/* Zeroed memory of the environment, or NULL with -errno in *error. */
+void *glue_env_alloc(uint64_t size, int *error);
+void glue_env_free(void *address);
+/* What the libraries have logged since the last call, oldest first: whole lines, ended by a zero.
+ * The number of bytes. */
+int glue_log_take(char *out, uint32_t size);
 
 /* NULL on failure, with -errno in *error. */
 glue_queue *glue_queue_open(const glue_options *options, int *error);
@@ -114,6 +163,10 @@ int glue_submit(glue_queue *queue, int op, uint64_t tag, const glue_piece *piece
  * timeout_ns has passed (negative: for ever). */
 int glue_reap(glue_queue *queue, glue_completion *out, uint32_t max, uint32_t min, int64_t timeout_ns);
 void glue_queue_stats(glue_queue *queue, glue_stats *out);
+/* -ENOTSUP where the engine has none. */
+int glue_queue_medium(glue_queue *queue, glue_medium *out);
+/* As they are in force: queue_depth and command_bytes. */
+void glue_queue_options(glue_queue *queue, uint32_t *queue_depth, uint32_t *command_bytes);
 int glue_queue_fault(glue_queue *queue, const glue_fault *fault);
 /* Gives up on what has not completed. Returns the number of transfers given up: their memory may
  * still be written by the medium, so the caller must keep it. */

@@ -31,8 +31,8 @@ static int pieces_overlap(const struct transfer *a, const struct transfer *b)
 static int must_wait(const struct transfer *earlier, const struct transfer *later)
 {
     if (later->op == GLUE_FLUSH)
-        return earlier->op == GLUE_WRITE;
-    if (earlier->op > GLUE_WRITE || (earlier->op == GLUE_READ && later->op == GLUE_READ))
+        return earlier->op == GLUE_WRITE || earlier->op == GLUE_TRIM;
+    if (earlier->op > GLUE_TRIM || (earlier->op == GLUE_READ && later->op == GLUE_READ))
         return 0;
     return pieces_overlap(earlier, later);
 }
@@ -122,7 +122,9 @@ static void cut_command(glue_queue *queue, struct transfer *transfer, struct com
     uint32_t begun = transfer->piece;
     const glue_piece *piece = &transfer->pieces[begun];
     *command = (struct command){.iov = command->iov, .owner = transfer, .op = transfer->op, .file = piece->file};
-    if (transfer->op == GLUE_FLUSH) {
+    if (transfer->op >= GLUE_TRIM) {
+        command->offset = piece->offset;
+        command->span = piece_bytes(piece);
         transfer->cut_all = ++transfer->piece == transfer->count;
         return;
     }
@@ -142,6 +144,7 @@ static void cut_command(glue_queue *queue, struct transfer *transfer, struct com
 static void fail_transfer(struct transfer *transfer, const struct command *command, const struct event *event)
 {
     transfer->cut_all = 1;
+    transfer->done.memory_at_risk |= (uint32_t)event->memory_at_risk;
     if (transfer->done.result < 0)
         return;
     transfer->done.result = event->result;
@@ -156,6 +159,7 @@ static void finish_transfer(glue_queue *queue, struct transfer *transfer)
     for (struct transfer *later = transfer->next; later; later = later->next)
         later->waits_for -= (uint32_t)must_wait(transfer, later);
     list_remove(&queue->active, transfer);
+    queue->given_up += transfer->done.memory_at_risk != 0;
     pthread_mutex_lock(&queue->lock);
     uint32_t at = (queue->done_head + queue->done_count) % queue->options.max_transfers;
     queue->done[at] = transfer->done;
@@ -322,21 +326,47 @@ static void drain(glue_queue *queue)
         queue->given_up += transfer->in_flight > 0;
 }
 
+/* 0 where nobody waits for the queue any more. */
+static int open_engine(glue_queue *queue)
+{
+    int failed = queue->ops->open(&queue->engine, &queue->options);
+    if (!failed) {
+        failed = queue_memory(queue);
+        if (failed)
+            queue->ops->close(queue->engine);
+    }
+    announce(queue, failed);
+    return !failed;
+}
+
+/* Whoever opened the queue went away before it was open: nobody else will ever close it. */
+static int was_abandoned(glue_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    int abandoned = queue->abandoned;
+    pthread_mutex_unlock(&queue->lock);
+    return abandoned;
+}
+
 void *io_thread(void *argument)
 {
     glue_queue *queue = argument;
-    int failed = queue->ops->open(&queue->engine, &queue->options);
-    announce(queue, failed);
-    if (failed)
+    int open = open_engine(queue);
+    if (was_abandoned(queue)) {
+        if (open)
+            queue->ops->close(queue->engine);
+        queue_free(queue);
         return NULL;
-    while (!take_incoming(queue)) {
+    }
+    while (open && !take_incoming(queue)) {
         start_ready(queue);
-        failed = collect(queue, -1);
+        int failed = collect(queue, -1);
         if (failed) {
             announce(queue, failed);
             break;
         }
     }
-    drain(queue);
+    if (open)
+        drain(queue);
     return NULL;
 }

@@ -69,7 +69,8 @@ static void list_free(struct transfer_list *list)
 
 static const struct engine_ops *engine_by_name(const char *kind)
 {
-    static const struct engine_ops *const all[] = {&engine_uring, &engine_posix, &engine_mem, &engine_null};
+    static const struct engine_ops *const all[] = {&engine_uring, &engine_posix, &engine_spdk, &engine_mem,
+                                                   &engine_null};
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i]->name && !strcmp(all[i]->name, kind))
             return all[i];
@@ -78,6 +79,8 @@ static const struct engine_ops *engine_by_name(const char *kind)
 
 const char *glue_engines(void)
 {
+    if (engine_spdk.name)
+        return engine_uring.name ? "uring posix spdk mem null" : "posix spdk mem null";
     return engine_uring.name ? "uring posix mem null" : "posix mem null";
 }
 
@@ -90,7 +93,7 @@ static int options_check(const glue_options *options)
     return 0;
 }
 
-static int queue_memory(glue_queue *queue)
+int queue_memory(glue_queue *queue)
 {
     uint32_t depth = queue->options.queue_depth;
     /* A run is 4 KiB or more; the kernel takes 1024 segments a command. */
@@ -109,10 +112,12 @@ static int queue_memory(glue_queue *queue)
     return 0;
 }
 
-static void queue_free(glue_queue *queue)
+void queue_free(glue_queue *queue)
 {
     list_free(&queue->incoming);
     list_free(&queue->active);
+    for (unsigned i = 0; i < sizeof queue->strings / sizeof *queue->strings; i++)
+        free(queue->strings[i]);
     free(queue->done);
     free(queue->commands);
     free(queue->iovecs);
@@ -121,16 +126,44 @@ static void queue_free(glue_queue *queue)
     free(queue);
 }
 
+/* An open that outlives its caller needs its own. */
+static int copy_strings(glue_queue *queue)
+{
+    glue_options *options = &queue->options;
+    const char **all[] = {&options->target, &options->hostnqn, &options->dhchap_key, &options->dhchap_ctrlr_key,
+                          &options->tls_psk};
+    for (unsigned i = 0; i < sizeof all / sizeof *all; i++) {
+        queue->strings[i] = *all[i] ? strdup(*all[i]) : NULL;
+        if (*all[i] && !queue->strings[i])
+            return -ENOMEM;
+        *all[i] = queue->strings[i];
+    }
+    return 0;
+}
+
+enum { ABANDONED = 1 };
+
+/* Waits until the engine is open: 0, -errno or ABANDONED, with the queue the thread's. An engine that hangs in its medium's driver keeps its thread. */
 static int queue_start(glue_queue *queue)
 {
     int error = pthread_create(&queue->thread, NULL, io_thread, queue);
     if (error)
         return -error;
+    struct timespec deadline = deadline_after((int64_t)queue->options.open_ms * 1000000);
     pthread_mutex_lock(&queue->lock);
-    while (!queue->ready && !queue->failed)
-        pthread_cond_wait(&queue->changed, &queue->lock);
+    while (!queue->ready && !queue->failed && !queue->abandoned) {
+        if (!queue->options.open_ms)
+            pthread_cond_wait(&queue->changed, &queue->lock);
+        else if (pthread_cond_timedwait(&queue->changed, &queue->lock, &deadline) == ETIMEDOUT)
+            queue->abandoned = !queue->ready && !queue->failed;
+    }
     error = queue->failed;
+    int abandoned = queue->abandoned;
+    if (abandoned)
+        pthread_detach(queue->thread);
     pthread_mutex_unlock(&queue->lock);
+    if (abandoned)
+        return ABANDONED;
     if (error)
         pthread_join(queue->thread, NULL);
     return error;
@@ -152,14 +185,16 @@ glue_queue *glue_queue_open(const glue_options *options, int *error)
     queue->options = *options;
     pthread_mutex_init(&queue->lock, NULL);
     cond_init_monotonic(&queue->changed);
-    *error = queue_memory(queue);
+    *error = copy_strings(queue);
     if (!*error)
         *error = queue_start(queue);
-    if (*error) {
+    if (!*error)
+        return queue;
+    if (*error == ABANDONED)
+        *error = -ETIMEDOUT;
+    else
         queue_free(queue);
-        return NULL;
-    }
-    return queue;
+    return NULL;
 }
 
 static struct transfer *transfer_new(int op, uint64_t tag, const glue_piece *pieces, uint32_t count)
@@ -192,11 +227,13 @@ static int pieces_check(const glue_queue *queue, int op, const glue_piece *piece
 {
     if (op < GLUE_READ || op > GLUE_UNREGISTER || !count)
         return -EINVAL;
+    if (op == GLUE_TRIM && !queue->ops->trims)
+        return -ENOTSUP;
     for (uint32_t i = 0; i < count; i++) {
         const glue_piece *piece = &pieces[i];
         if (piece->file >= queue->options.num_files && piece->file)
             return -EINVAL;
-        if (op <= GLUE_WRITE && (!piece->run_bytes || !piece->heads || !piece->blocks || !piece_fits(piece)))
+        if (op <= GLUE_TRIM && (!piece->run_bytes || !piece->heads || !piece->blocks || !piece_fits(piece)))
             return -EINVAL;
     }
     return 0;
@@ -253,11 +290,32 @@ int glue_reap(glue_queue *queue, glue_completion *out, uint32_t max, uint32_t mi
     return result;
 }
 
+static uint64_t thread_cpu_ns(pthread_t thread)
+{
+    clockid_t clock;
+    struct timespec spent;
+    if (pthread_getcpuclockid(thread, &clock) || clock_gettime(clock, &spent))
+        return 0;
+    return (uint64_t)spent.tv_sec * 1000000000u + (uint64_t)spent.tv_nsec;
+}
+
 void glue_queue_stats(glue_queue *queue, glue_stats *out)
 {
     pthread_mutex_lock(&queue->lock);
     *out = queue->stats;
     pthread_mutex_unlock(&queue->lock);
+    out->cpu_ns = thread_cpu_ns(queue->thread);
+}
+
+int glue_queue_medium(glue_queue *queue, glue_medium *out)
+{
+    return queue->ops->medium ? queue->ops->medium(queue->engine, out) : -ENOTSUP;
+}
+
+void glue_queue_options(glue_queue *queue, uint32_t *queue_depth, uint32_t *command_bytes)
+{
+    *queue_depth = queue->options.queue_depth;
+    *command_bytes = queue->options.command_bytes;
 }
 
 int glue_queue_fault(glue_queue *queue, const glue_fault *fault)

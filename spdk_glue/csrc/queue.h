@@ -30,6 +30,7 @@ struct glue_queue {
     const struct engine_ops *ops;
     void *engine;
     glue_options options;
+    char *strings[5]; /* what the options point to */
     pthread_t thread;
 
     pthread_mutex_t lock; /* guards the fields down to `failed` */
@@ -39,6 +40,7 @@ struct glue_queue {
     uint32_t done_head, done_count;
     uint32_t accepted; /* submitted and not yet reaped */
     int stopping, ready;
+    int abandoned; /* whoever opened it waits no more: the I/O thread tidies up */
     int failed; /* -errno of an engine that can go on no more */
     glue_stats stats;
 
@@ -53,6 +55,8 @@ struct glue_queue {
 };
 
 void *io_thread(void *queue);
+int queue_memory(glue_queue *queue);
+void queue_free(glue_queue *queue);
 void list_append(struct transfer_list *list, struct transfer *transfer);
 void list_remove(struct transfer_list *list, struct transfer *transfer);
 void transfer_free(struct transfer *transfer);

@@ -144,10 +144,17 @@ def test_tmpfs_is_refused() -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("text", ["/dev/ng0n1", "0000:01:00.0", "trtype:VFIOUSER traddr:/run/vfio"])
-def test_targets_without_an_engine_are_refused(text: str) -> None:
-    with pytest.raises(TargetError, match="no engine for") as caught:
+@pytest.mark.skipif("spdk" in spdk_glue.engines(), reason="need a build without SPDK")
+@pytest.mark.parametrize("text", ["0000:01:00.0", "trtype:VFIOUSER traddr:/run/vfio"])
+def test_targets_of_spdk_are_refused_without_it(text: str) -> None:
+    with pytest.raises(TargetError, match="needs SPDK, which this build is without") as caught:
         open_file(text)
+    assert "install SPDK" in str(caught.value.hint)
+
+
+def test_targets_without_an_engine_are_refused() -> None:
+    with pytest.raises(TargetError, match="no engine for") as caught:
+        open_file("/dev/ng0n1")
     assert caught.value.hint is not None
     assert "mem:SIZE" in caught.value.hint
 

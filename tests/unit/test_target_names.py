@@ -39,7 +39,7 @@ def test_parts_of_a_target() -> None:
     assert "subnqn:nqn.2016-06.io.spdk:cnode1" in tcp.address
     assert "ns:" not in tcp.address
     pci = parse_target("0000:AF:00.1 ns:2")
-    assert (pci.address, pci.namespace) == ("0000:af:00.1", 2)
+    assert (pci.address, pci.namespace) == ("trtype:PCIe traddr:0000:af:00.1", 2)
     assert parse_target("mem:5.5K").capacity == LBA
 
 

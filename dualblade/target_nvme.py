@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets that SPDK's NVMe driver reaches: a PCI address or a transport id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dualblade.config import nvme_secrets
+from dualblade.errors import BudgetError, TargetError
+from dualblade.extents import LBA
+from dualblade.host.meminfo import machine_memory
+from dualblade.host.sysfs import Host
+from dualblade.metadata import Medium
+from dualblade.units import MIB, format_size, round_up
+from spdk_glue import (
+    GlueError,
+    NotBuiltError,
+    NvmeOptions,
+    Queue,
+    QueueOptions,
+    environment,
+    start_environment,
+)
+
+EDGE = MIB
+METADATA_BYTES = 16 * MIB  # what reading and writing a volume's metadata takes of the environment
+ENVIRONMENT_BYTES = 64 * MIB  # queues, requests and the libraries' own
+TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeNamespace:
+    """A queue on one namespace, and what proves that it is empty or makes it so."""
+
+    name: str
+    queue: Queue
+    capacity: int
+
+    def edges(self) -> bytes:
+        """The first and the last MiB, as they are now. Raises StorageError."""
+        medium = Medium(self.queue, TIMEOUT)
+        return b"".join(medium.read(offset, min(EDGE, self.capacity)) for offset in self._edge_offsets())
+
+    def erase_edges(self) -> None:
+        """Zeros there: what other programs know a disk by. Raises StorageError."""
+        medium = Medium(self.queue, TIMEOUT)
+        for offset in self._edge_offsets():
+            medium.write(offset, bytes(min(EDGE, self.capacity)))
+        medium.flush()
+
+    def _edge_offsets(self) -> tuple[int, int]:
+        return 0, max(0, self.capacity - EDGE)
+
+
+def nvme_options(nsid: int, hostnqn: str | None, timeout: float) -> NvmeOptions:
+    """timeout: seconds for one transfer, in which a command is tried, aborted and what is below it
+    brought back."""
+    secrets = nvme_secrets()
+    return NvmeOptions(
+        nsid, timeout / 2, max(0.5, timeout / 15), hostnqn=hostnqn, dhchap_key=secrets.get("dhchap_key"),
+        dhchap_ctrlr_key=secrets.get("dhchap_ctrlr_key"), tls_psk=secrets.get("tls_psk"),
+    )  # fmt: skip
+
+
+def open_nvme(
+    name: str, transport_id: str, nvme: NvmeOptions, options: QueueOptions, memory: int
+) -> NvmeNamespace:
+    """memory: bytes that the transfers' buffers will take. Raises TargetError, BudgetError."""
+    pci = transport_id.lower().startswith("trtype:pcie")
+    try:
+        _start(memory, pci)
+        queue = Queue.nvme(transport_id, options, nvme)
+    except NotBuiltError as error:
+        raise TargetError(
+            f"{name} needs SPDK, which this build is without",
+            "install SPDK (https://spdk.io/doc/getting_started.html) and build again: "
+            "pip install --force-reinstall --no-deps .",
+        ) from error
+    except GlueError as error:
+        raise TargetError(f"{name}: {error.strerror}", _hint(transport_id)) from error
+    medium = queue.medium()
+    assert medium is not None
+    return NvmeNamespace(name, queue, medium.nbytes // LBA * LBA)
+
+
+def _start(memory: int, pci: bool) -> None:
+    """All memory is reserved at once, for a vfio-user controller maps 16 regions at most. Ordinary
+    memory is taken only as it is touched, so there is no harm in a reserve."""
+    running = environment()
+    wanted = round_up(memory + METADATA_BYTES, 2 * MIB) + ENVIRONMENT_BYTES
+    if running is None:
+        machine = machine_memory(Host())
+        usable = (machine.hugepages_free - machine.hugepages_reserved) * machine.hugepage_bytes
+        hugepages = machine.hugepage_bytes == 2 * MIB and usable >= wanted
+        start_environment(wanted if hugepages else max(2 * wanted, 512 * MIB), hugepages, pci)
+        return
+    if pci and not running.pci:
+        raise TargetError("SPDK was started in this process without PCI devices", "use a new process")
+    if wanted > running.nbytes:
+        raise BudgetError(
+            f"SPDK was started in this process with {format_size(running.nbytes)} of memory, "
+            f"and {format_size(wanted)} are needed",
+            "open the larger cache first, or use a new process",
+        )
+
+
+def _hint(transport_id: str) -> str:
+    kind = transport_id.split()[0].lower()
+    if "vfiouser" in kind:
+        return "is the target running, and does no other process use it? `dualblade-spdk emulate` starts one"
+    if "pcie" in kind:
+        return "is the drive bound to vfio-pci?"
+    return "is the target listening there, and does it allow this host?"
