@@ -28,3 +28,8 @@ def nvme_secrets() -> dict[str, str]:
     names = ("dhchap_key", "dhchap_ctrlr_key", "tls_psk")
     values = {name: os.environ.get(f"DUALBLADE_{name.upper()}", "") for name in names}
     return {name: value for name, value in values.items() if value}
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The environment of a program that is started, with `extra` in it."""
+    return os.environ | extra

@@ -25,9 +25,10 @@ COMMANDS = {
     "plan": "Show which tensor goes where and why; touches nothing.",
     "bench": "Measure the engine on a target, or a decode step.",
     "volume": "Make a target ours, look at it, verify it, erase it.",
+    "emulate": "An NVMe controller without a drive, through SPDK's own target.",
     "doctor": "Check this machine; each failure with the command that mends it.",
 }
-NOT_HERE = frozenset({"bind", "unbind", "status", "hugepages", "emulate"})
+NOT_HERE = frozenset({"bind", "unbind", "status", "hugepages"})
 EXAMPLE = f"""\b
 Example:
   {PROGRAM} run --model tiny --prompt "Once upon a time" --mem-budget 1G"""
