@@ -119,8 +119,11 @@ class EmulatedTarget:
         """uring() where it works, else aio()."""
         try:
             return self.uring(name, path, block_size)
-        except TargetError:
-            return self.aio(name, path, block_size)
+        except TargetError as refusal:
+            try:
+                return self.aio(name, path, block_size)
+            except TargetError as error:
+                raise TargetError(f"{path} cannot be used: {refusal}; {error}", error.hint) from error
 
     def delay(self, name: str, base: str, latency_us: int) -> str:
         """`base` with that much added to every read and write."""
@@ -153,9 +156,14 @@ class EmulatedTarget:
         return " ".join([*words, f"subnqn:{nqn}"])
 
     def _add_transport(self, trtype: str) -> None:
-        if trtype not in self._transports:
+        if trtype in self._transports:
+            return
+        try:
             self.call("nvmf_create_transport", trtype=trtype)
-            self._transports.add(trtype)
+        except TargetError as error:
+            hint = "SPDK is built without it where --with-vfio-user was left out; tcp is always there"
+            raise TargetError(error.message, hint if trtype == "VFIOUSER" else None) from error
+        self._transports.add(trtype)
 
     def _subsystem(self, bdev: str) -> str:
         if bdev not in self._subsystems:
@@ -284,7 +292,7 @@ class EmulatedTarget:
             raise death(process, self.folder)
         try:
             return self.rpc.call(method, dict(parameters))
-        except (JSONRPCException, OSError) as error:
+        except (JSONRPCException, OSError, AttributeError) as error:  # the last: it has no socket any more
             try:
                 process.wait(0.2)  # the connection ends an instant before the process
             except subprocess.TimeoutExpired:

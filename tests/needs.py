@@ -59,11 +59,24 @@ def _seccomp() -> str | None:
     return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
+def _nvmf_tgt() -> str | None:
+    """Is SPDK's target there, and does it start?"""
+    from dualblade.emulate import EmulatedTarget
+    from dualblade.errors import DualBladeError
+
+    try:
+        with EmulatedTarget(memory_mib=0, hugepages=False):
+            return None
+    except DualBladeError as error:
+        return error.message
+
+
 def _spdk() -> str | None:
-    if not shutil.which("pkg-config"):
-        return "there is no pkg-config to find spdk_nvme with"
-    found = subprocess.run(["pkg-config", "--exists", "spdk_nvme"], check=False).returncode == 0
-    return None if found else "pkg-config finds no spdk_nvme"
+    import spdk_glue
+
+    if "spdk" not in spdk_glue.engines():
+        return "this build has no spdk engine"
+    return problem("nvmf_tgt")
 
 
 def _gpu() -> str | None:
@@ -94,6 +107,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "fio": _program("fio"),
     "root": _root,
     "hugepages": _hugepages,
+    "nvmf_tgt": _nvmf_tgt,
     "spdk": _spdk,
     "qemu": _program("qemu-system-x86_64"),
     "gpu": _gpu,

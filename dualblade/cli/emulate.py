@@ -29,7 +29,7 @@ Example:
 
 
 @click.command(epilog=EXAMPLE)
-@click.option("--size", metavar="SIZE", help="Of the drive; with --file of one that is made.")
+@click.option("--size", metavar="SIZE", help="Of the drive; of a --file that is there already, its own.")
 @click.option("--file", "path", metavar="PATH", type=click.Path(path_type=Path), help="Keep it on this file.")
 @click.option("--latency-us", type=click.IntRange(1), metavar="N", help="Added to every read and write.")
 @click.option(
@@ -139,13 +139,15 @@ def _existing_file(path: Path, size: int | None) -> Iterator[Disk]:
                 "leave --size out, or name another file",
             )
         _check_size(found)
+        if found % BLOCK:
+            raise TargetError(f"the size of {path} is no multiple of {BLOCK} bytes")
         edges = read_edges(fd, str(path))
         if any(edges) and not has_magic(edges):
             raise TargetError(
                 f"{path} is not empty: its first and last MiB are not all zero, and it is no volume of ours",
                 "name a file that does not exist yet, with --size",
             )
-        yield Disk(found // BLOCK * BLOCK, path, has_magic(edges), keep=True)
+        yield Disk(found, path, has_magic(edges), keep=True)
     finally:
         release(fd)
 
