@@ -65,8 +65,7 @@ def emulate(
             record = _set_up(emulated, disk, latency_us, transport)
             disk.keep = True
             _say_how_it_runs(emulated, disk)
-            emit(record, as_json, lambda record: click.echo(record["target"]))
-            _until_told(emulated)
+            _show_until_told(emulated, record, as_json)
 
 
 # the disk -----------------------------------------------------------------------------------
@@ -106,7 +105,10 @@ def _check_size(size: int) -> None:
 
     if size < MIN_CAPACITY:
         least = format_size(MIN_CAPACITY)
-        raise CapacityError(f"a drive of {format_size(size)} is too small for a volume: {least} at least")
+        raise CapacityError(
+            f"a drive of {format_size(size)} is too small for a volume: {least} at least",
+            "a size such as 4G is of use",
+        )
 
 
 @contextmanager
@@ -202,9 +204,10 @@ def _say_how_it_runs(emulated: EmulatedTarget, disk: Disk) -> None:
 # the end --------------------------------------------------------------------------------------
 
 
-def _until_told(emulated: EmulatedTarget) -> None:
+def _show_until_told(emulated: EmulatedTarget, record: dict[str, Any], as_json: bool) -> None:
     """Raises TargetError if nvmf_tgt ends first."""
     try:
+        emit(record, as_json, lambda record: click.echo(record["target"]))
         emulated.wait()
     except KeyboardInterrupt:
         return

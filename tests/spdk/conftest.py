@@ -15,9 +15,12 @@ from dualblade.emulate import EmulatedTarget
 
 
 @pytest.fixture
-def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
+def nothing_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Traces]:
     """Targets of this test, and of programs it starts, keep their files in a folder of their own. After
     the test no process, socket, file or hugepage of them may be left."""
+    tmp_path_factory.getbasetemp()  # made now, so that it is not made below the folder
     base = Path(tempfile.mkdtemp(prefix="db-"))
     monkeypatch.setattr(tempfile, "tempdir", str(base))
     monkeypatch.setenv("TMPDIR", str(base))
