@@ -219,10 +219,13 @@ class EmulatedTarget:
         self._done.append((method, parameters))
         return result
 
-    def wait(self) -> None:
-        """Until it ends by itself, which is an error: raises TargetError."""
+    def wait(self, timeout: float | None = None) -> None:
+        """For it to end by itself, which is an error: raises TargetError. timeout: seconds."""
         assert self._process is not None, "it was never started"
-        self._process.wait()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return
         raise death(self._process, self.folder)
 
     def kill(self) -> None:

@@ -26,6 +26,7 @@ from dualblade.units import MIB, format_size, parse_size, round_up
 EXAMPLE = """\b
 Example:
   dualblade-spdk emulate --size 4G --latency-us 80"""
+_LOOK_S = 1.0
 
 
 @click.command(epilog=EXAMPLE)
@@ -57,15 +58,16 @@ def emulate(
     Nothing is left afterwards but the file.
     """
     wanted = parse_size(size, "--size") if size else None
-    with _ended_by_signals(), _disk(path, wanted) as disk:
+    with _ended_by_signals() as ending, _disk(path, wanted) as disk:
         memory_mib = 0 if disk.path else round_up(disk.size, MIB) // MIB
         with EmulatedTarget(
             memory_mib=memory_mib, hugepages="auto" if hugepages is None else hugepages, program=nvmf_tgt
         ) as emulated:
             record = _set_up(emulated, disk, latency_us, transport)
+            ending.check()
             disk.keep = True
             _say_how_it_runs(emulated, disk)
-            _show_until_told(emulated, record, as_json)
+            _show_until_told(emulated, ending, record, as_json)
 
 
 # the disk -----------------------------------------------------------------------------------
@@ -204,32 +206,54 @@ def _say_how_it_runs(emulated: EmulatedTarget, disk: Disk) -> None:
 # the end --------------------------------------------------------------------------------------
 
 
-def _show_until_told(emulated: EmulatedTarget, record: dict[str, Any], as_json: bool) -> None:
-    """Raises TargetError if nvmf_tgt ends first."""
-    try:
-        emit(record, as_json, lambda record: click.echo(record["target"]))
-        emulated.wait()
-    except KeyboardInterrupt:
-        return
+class Ending:
+    """The signals that end the command in order; one of them is enough.
+
+    They raise KeyboardInterrupt, which is lost where Python calls back, after a fork for instance; hence
+    check().
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            self._before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
+
+    def listen(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._interrupt)
+
+    def unlisten(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if it has been told."""
+        if self._told:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._told:  # another one must not leave half of it behind
+            self._told = True
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end it in order, as Ctrl-C does; one of them is enough."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for ending in before:  # another one must not leave half of it behind
-            signal.signal(ending, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    endings = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
-        endings.append(signal.SIGHUP)
-    before = {ending: signal.getsignal(ending) for ending in endings}
+def _ended_by_signals() -> Iterator[Ending]:
+    ending = Ending()
     try:
-        for ending in endings:
-            signal.signal(ending, interrupt)
-        yield
+        ending.listen()
+        yield ending
     finally:
-        for ending, handler in before.items():
-            signal.signal(ending, handler)
+        ending.unlisten()
+
+
+def _show_until_told(emulated: EmulatedTarget, ending: Ending, record: dict[str, Any], as_json: bool) -> None:
+    """Raises TargetError if nvmf_tgt ends first."""
+    try:
+        emit(record, as_json, lambda record: click.echo(record["target"]))
+        while True:
+            emulated.wait(_LOOK_S)
+            ending.check()
+    except KeyboardInterrupt:
+        return

@@ -113,6 +113,25 @@ def test_ctrl_c_while_it_starts(nothing_left: Traces) -> None:
     assert (code, err) == (130, "interrupted\n")
 
 
+def test_a_signal_that_python_loses(nothing_left: Traces) -> None:
+    """An exception is dropped in what Python calls back after a fork. Seen there, under load."""
+    code = (
+        "import os, signal, sys\n"
+        "from dualblade.cli.main import main\n"
+        "sent = []\n"
+        "def lose():\n"
+        "    if not sent:\n"
+        "        sent.append(os.kill(os.getpid(), signal.SIGTERM))\n"
+        "os.register_at_fork(after_in_parent=lose)\n"
+        "sys.exit(main(['emulate', '--size', '16M', '--no-hugepages']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Exception ignored in" in done.stderr
+
+
 def test_ctrl_c_reaches_it_from_a_terminal(nothing_left: Traces) -> None:
     """The whole foreground group gets the signal there; it must not end nvmf_tgt under its parent."""
     with started("--size", "16M") as process:
