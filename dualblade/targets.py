@@ -101,7 +101,7 @@ def parse_target(text: str) -> Target:
     if text.lower().startswith("trtype:"):
         return _parse_transport(text)
     if match := _PCI.fullmatch(text):
-        address = f"trtype:PCIe traddr:{match[1]}:{match[2]}:{match[3]}.{match[4]}".lower()
+        address = "trtype:PCIe traddr:" + f"{match[1]}:{match[2]}:{match[3]}.{match[4]}".lower()
         return Target(TargetKind.PCI, text, address=address, namespace=_namespace(match[5] or "1"))
     if _PASSTHROUGH.fullmatch(text):
         return Target(TargetKind.PASSTHROUGH, text, Path(text))
