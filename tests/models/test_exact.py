@@ -109,12 +109,13 @@ def files_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(Queue, "files", functools.partial(Queue.files, engine="posix"))
 
 
-def check(case: Case, folder: Path) -> None:
+def check(case: Case, folder: Path, nvme: str | None = None) -> None:
+    """nvme: a target of SPDK's, for the engine "spdk"."""
     way, kv_path, engine = case
     share = kv_bytes(way) // 3 if kv_path == "auto" else None
     with DualBladeCache(
         model_of(way.family, way.dtype).config,
-        nvme="mem:64M" if engine == "mem" else None,
+        nvme="mem:64M" if engine == "mem" else nvme,
         mem_budget="8G",
         page_cache_budget=share,
         kv_path=kv_path,

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same bits again with KV on NVMe namespaces behind SPDK's driver, alone and beside the page cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from allpairspy import AllPairs
+from families import CONFIGS
+from test_exact import Case, Way, check, name
+
+from dualblade.emulate import EmulatedTarget
+from dualblade.targets import open_target
+from dualblade.units import MIB
+from dualblade.volume import Volume
+
+pytestmark = pytest.mark.needs("spdk")
+
+VALUES = [
+    list(CONFIGS),
+    [torch.float32, torch.bfloat16],
+    [1, 4],
+    [False, True],
+    [None, 50],
+    ["direct", "auto"],
+    ["vfio-user", "tcp"],
+]
+
+
+@pytest.fixture(scope="module")
+def targets() -> Iterator[dict[str, str]]:
+    """A target with a volume on it, by transport."""
+    with EmulatedTarget(memory_mib=160, hugepages=False) as emulated:
+        named = {
+            transport: emulated.export(emulated.malloc(transport, 64 * MIB), transport)
+            for transport in ("vfio-user", "tcp")
+        }
+        for target in named.values():
+            with open_target(target, capacity=None, cache_dir=Path()) as opened:
+                Volume.create(opened.queue, opened.capacity)
+        yield named
+
+
+def cases(rows: object) -> list[tuple[Case, str]]:
+    return [(Case(Way(*row[:5]), row[5], "spdk"), row[6]) for row in rows]  # type: ignore[attr-defined]
+
+
+def label(value: object) -> str:
+    return name(value) if isinstance(value, Case) else str(value)
+
+
+@pytest.mark.parametrize(("case", "transport"), cases(AllPairs(VALUES)), ids=label)
+def test_pairs(case: Case, transport: str, targets: dict[str, str], direct_dir: Path) -> None:
+    check(case, direct_dir, targets[transport])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "transport"), cases(product(*VALUES)), ids=label)
+def test_all(case: Case, transport: str, targets: dict[str, str], direct_dir: Path) -> None:
+    check(case, direct_dir, targets[transport])
