@@ -6,9 +6,28 @@ On the CPU there is nothing to copy: attention reads the memory that the engine 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from spdk_glue import Region
+
+
+@contextmanager
+def leave_a_cpu(needed: bool) -> Iterator[None]:
+    """Where a thread of ours polls, attention on every CPU would wait for the one that it shares:
+    torch gets a thread less. Nested calls take no second one."""
+    before = torch.get_num_threads()
+    if not needed or before < max(2, len(os.sched_getaffinity(0))):
+        yield
+        return
+    torch.set_num_threads(before - 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class CpuDevice:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dualblade.device import CpuDevice
+from dualblade.device import CpuDevice, leave_a_cpu
 from dualblade.errors import ConfigError, ModelError
 from dualblade.layers import kv_specs, layer_shapes
 from dualblade.offload import Offload
@@ -129,6 +130,7 @@ class DualBladeCache(Cache):
         self.config = config
         self._max_tokens = max_tokens
         self._storage: Offload | None = None
+        self._spared = ExitStack()
         self._device: CpuDevice | None = None
         self._batch = 0
         shapes = layer_shapes(config)
@@ -162,6 +164,7 @@ class DualBladeCache(Cache):
         self._batch = specs[0].batch if specs else 0
         grows = bool(specs) and not self._max_tokens
         self._storage = Offload(specs, self.settings, self._device, grows)
+        self._spared.enter_context(leave_a_cpu(self._storage.polling_threads > 0))
 
     @property
     def storage(self) -> Offload:
@@ -239,11 +242,14 @@ class DualBladeCache(Cache):
 
     def report(self) -> dict[str, Any]:
         """The parts "memory", "paths", "placements" and "pipeline" of `run --json`."""
-        return self.storage.report()
+        report = self.storage.report()
+        report["pipeline"]["compute_threads"] = torch.get_num_threads()
+        return report
 
     def close(self) -> None:
         """Leave nothing behind: no file, no extent, no memory."""
         storage, self._storage = self._storage, None
+        self._spared.close()
         if storage:
             storage.close()
 

@@ -98,6 +98,11 @@ class Offload:
         path = self.paths.get(PathKind.PAGE_CACHE)
         return list(path.fds) if isinstance(path, PageCachePath) else []
 
+    @property
+    def polling_threads(self) -> int:
+        """I/O threads that keep a CPU busy while transfers are under way."""
+        return sum(path.queue.polls for path in self.paths.values())
+
     # report ---------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
@@ -156,6 +161,7 @@ class Offload:
             "queue_depth": options.queue_depth,
             "run_bytes": max((layout.run_bytes for layout in self.plan.layouts.values()), default=0),
             "stall_s": self.store.stall_s,
+            "polling_threads": self.polling_threads,
             "checksum_s": self.store.checksum_s if self.settings.checksum else None,
         }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade import loading, models, runner
+from dualblade.device import leave_a_cpu
 from dualblade.errors import ConfigError, DualBladeError, UsageError
 from dualblade.forecast import Forecast, check_machine, device_bytes
 from dualblade.hf import DualBladeCache
@@ -17,6 +18,7 @@ from dualblade.host.sysfs import Host
 from dualblade.planner import RunPlan
 from dualblade.residency import take_snapshot
 from dualblade.settings import CacheSettings
+from dualblade.targets import parse_target
 from dualblade.zoo import resolve
 
 
@@ -122,6 +124,12 @@ class Session:
         self.plan()
         return_large_blocks()
         folder = None if self.dummy else self._weight_folder()
+        nvme = self.settings.nvme
+        # Also while it is verified: another number of threads may round differently.
+        with leave_a_cpu(nvme is not None and parse_target(nvme).by_spdk):
+            return self._run(folder)
+
+    def _run(self, folder: Path | None) -> dict[str, Any]:
         with DualBladeCache(
             self.config,
             mem_budget=self.settings.budget,

@@ -57,7 +57,7 @@ def nvme_options(nsid: int, hostnqn: str | None, timeout: float) -> NvmeOptions:
     brought back."""
     secrets = nvme_secrets()
     return NvmeOptions(
-        nsid, timeout / 2, max(0.5, timeout / 15), hostnqn=hostnqn, dhchap_key=secrets.get("dhchap_key"),
+        nsid, timeout / 4, max(0.5, timeout / 15), hostnqn=hostnqn, dhchap_key=secrets.get("dhchap_key"),
         dhchap_ctrlr_key=secrets.get("dhchap_ctrlr_key"), tls_psk=secrets.get("tls_psk"),
     )  # fmt: skip
 

@@ -34,6 +34,16 @@ class Completion:
     memory_at_risk: bool = False
 
 
+_REASONS = {
+    errno.ENODATA: "end of the medium",
+    errno.ETIMEDOUT: "the command took too long and was aborted",
+    errno.ENOTCONN: "the controller does not answer any more",
+    errno.ESTALE: "the connection was lost before the last writes were durable, or leads elsewhere now",
+    errno.ENODEV: "the namespace is gone, or is another one now",
+    errno.EFAULT: "the controller cannot reach this memory",
+}
+
+
 class TransferError(GlueError):
     """A transfer failed. `completion` is its record."""
 
@@ -44,7 +54,7 @@ class TransferError(GlueError):
             if completion.sct or completion.sc
             else ""
         )
-        reason = "end of the medium" if code == errno.ENODATA else os.strerror(code)
+        reason = _REASONS.get(code) or os.strerror(code)
         super().__init__(code, f"{reason} at byte {completion.offset}{status}")
         self.completion = completion
 

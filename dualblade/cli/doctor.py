@@ -46,7 +46,7 @@ def examine(cache_dir: Path) -> list[checks.Check]:
         checks.hugepages(),
         checks.swap(),
         checks.torch(),
-        checks.spdk(),
+        checks.spdk(spdk_version() if engines else None, rebuild_command()),
     ]
     return found
 
@@ -57,6 +57,12 @@ def built_engines() -> tuple[list[str], str | None]:
     except ImportError as error:
         return [], str(error)
     return spdk_glue.engines(), None
+
+
+def spdk_version() -> str | None:
+    import spdk_glue
+
+    return spdk_glue.spdk_version()
 
 
 def rebuild_command() -> str:

@@ -249,13 +249,22 @@ def torch(python: str = sys.executable) -> Check:
     return Check("torch", OK, f"{words[0]}, {devices}")
 
 
-def spdk() -> Check:
+_GET_SPDK = "https://spdk.io/doc/getting_started.html"
+
+
+def spdk(version: str | None, rebuild: str) -> Check:
+    """`version` of SPDK in the build, or None. Without it NVMe is driven through the kernel."""
+    if version:
+        return Check("spdk", OK, f"built with SPDK {version}")
     try:
         found = subprocess.run(["pkg-config", "--exists", "spdk_nvme"], check=False).returncode == 0
     except OSError:
         found = False
-    where = "pkg-config finds spdk_nvme, unused" if found else "pkg-config finds no spdk_nvme"
-    return Check("spdk", OK, f"this version has no SPDK engine and drives NVMe through the kernel ({where})")
+    if found:
+        return Check("spdk", WARN, "pkg-config finds SPDK, but the engine was built without it", rebuild)
+    return Check(
+        "spdk", OK, f"built without SPDK: pkg-config finds no spdk_nvme (how to get it: {_GET_SPDK})"
+    )
 
 
 def _read(host: Host, path: str) -> str:

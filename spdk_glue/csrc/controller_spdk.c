@@ -66,6 +66,7 @@ static int connect_to(struct controller *controller, const glue_options *options
     struct spdk_nvme_ctrlr_opts wanted;
     spdk_nvme_ctrlr_get_default_ctrlr_opts(&wanted, sizeof wanted);
     wanted.admin_timeout_ms = controller->admin_timeout_ms;
+    wanted.fabrics_connect_timeout_us = controller->admin_timeout_ms * 1000ull;
     wanted.disable_error_logging = true; /* what fails is told once, by us */
     if (options->hostnqn)
         snprintf(wanted.hostnqn, sizeof wanted.hostnqn, "%s", options->hostnqn);

@@ -38,7 +38,7 @@ struct spdk_engine {
     uint64_t abort_due;   /* when an abort should have helped; 0 none is under way */
     uint32_t aborts;      /* not answered */
     uint64_t last_write;  /* of those that no flush has covered; 0 none */
-    int flushing, ns_changed;
+    int flushing, ns_changed, gone;
     int lost, silent; /* the connection or the controller; nothing answers at all */
     int dead;         /* -errno */
 };
@@ -127,6 +127,8 @@ static void on_complete(void *argument, const struct spdk_nvme_cpl *completion)
     if (!spdk_nvme_cpl_is_error(completion)) {
         if (command->op == GLUE_WRITE)
             engine->last_write = clock_ns();
+        else if (command->op == GLUE_FLUSH && engine->last_write < command->due_ns - engine->timeout_ms * MS)
+            engine->last_write = 0;
         add_event(engine, (struct event){.command = command, .result = (int64_t)command->bytes});
     } else if (!was_lost(completion)) {
         fail_command(engine, command, errno_of(completion), completion);
@@ -242,7 +244,7 @@ static int spdk_submit(void *self, struct command *command)
         return 0;
     }
     if (error && !controller_is_same(&engine->controller)) {
-        engine->ns_changed = 1;
+        engine->gone = 1; /* for good: what may come back need not be what went */
         return -ENODEV;
     }
     return error;
@@ -408,9 +410,10 @@ static void poll_once(struct spdk_engine *engine)
         recover(engine);
     if (engine->ns_changed && !engine->dead) {
         engine->ns_changed = 0;
-        if (!controller_is_same(&engine->controller))
-            die(engine, -ENODEV);
+        engine->gone |= !controller_is_same(&engine->controller);
     }
+    if (engine->gone && !engine->dead)
+        die(engine, -ENODEV);
     if (engine->unsent && !engine->dead)
         send_unsent(engine);
     if (!engine->dead)
@@ -516,7 +519,7 @@ static void spdk_close(void *self)
         spdk_nvme_ctrlr_free_io_qpair(engine->qpair);
     spdk_nvme_ctrlr_register_timeout_callback(engine->controller.ctrlr, 0, 0, NULL, NULL);
     spdk_nvme_ctrlr_register_aer_callback(engine->controller.ctrlr, NULL, NULL);
-    controller_close(&engine->controller, engine->dead != 0);
+    controller_close(&engine->controller, engine->dead == -ENOTCONN);
     if (engine->wake_fd >= 0)
         close(engine->wake_fd);
     free(engine->events);

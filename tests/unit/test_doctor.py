@@ -44,7 +44,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("kernel", "container", "drives", "delegation"):
         monkeypatch.setattr(surroundings, name, lambda name=name: Check(name, OK, "good"))
     for name in ("memlock", "memory_cgroup", "hugepages", "swap", "torch", "spdk"):
-        monkeypatch.setattr(checks, name, lambda name=name: Check(name.replace("_", " "), OK, "good"))
+        monkeypatch.setattr(checks, name, lambda *_, name=name: Check(name.replace("_", " "), OK, "good"))
 
 
 def test_all_well(healthy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,16 +278,20 @@ def test_torch_without_a_python(tmp_path: Path) -> None:
     assert checks.torch(str(tmp_path / "nobody")).state == FAIL
 
 
-@pytest.mark.parametrize(("code", "text"), [(0, "finds spdk_nvme"), (1, "finds no spdk_nvme")])
+@pytest.mark.parametrize(
+    ("code", "state", "text", "fix"),
+    [(0, WARN, "finds SPDK, but", "rebuild"), (1, OK, "how to get it: https://spdk.io", None)],
+)
 def test_spdk_is_said_to_be_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, text: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str, text: str, fix: str | None
 ) -> None:
     (tmp_path / "pkg-config").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "pkg-config").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    detail = checks.spdk().detail
-    assert "this version has no SPDK engine" in detail
-    assert text in detail
+    found = checks.spdk(None, "rebuild")
+    assert (found.state, found.fix) == (state, fix)
+    assert text in found.detail
+    assert checks.spdk("26.05", "rebuild").detail == "built with SPDK 26.05"
 
 
 def test_doctor_itself_never_imports_torch() -> None:
