@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ def identify(target: str) -> str:
     """What SPDK's own client says of it."""
     if not shutil.which("spdk_nvme_identify"):
         pytest.skip("needs spdk_nvme_identify in PATH")
-    done = subprocess.run(
-        ["spdk_nvme_identify", "--no-huge", "-s", "128", "-r", target],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as runtime:  # DPDK leaves a folder there
+        done = subprocess.run(
+            ["spdk_nvme_identify", "--no-huge", "-s", "128", "-r", target],
+            capture_output=True, text=True, timeout=60, check=False,
+            env=os.environ | {"RUNTIME_DIRECTORY": runtime},
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return " ".join(done.stdout.split())
 
