@@ -23,16 +23,16 @@ run: setup ## a real run, offline; leaves build/run.json
 	$(Q)scripts/demo.sh
 
 test: setup ## the tests that this machine can run; one line a need at the end
-	$(Q)$(PYTEST) -m "not slow" $(T)
+	$(Q)$(PYTEST) -m "not slow and not soak" $(T)
 
 test-full: setup ## the slow tests too
-	$(Q)$(PYTEST) $(T)
+	$(Q)$(PYTEST) -m "not soak" $(T)
 
 test-qemu: ## the tests in a virtual machine
 	@echo "test-qemu: this version has no such suite" >&2; exit 1
 
-soak: ## the endurance test
-	@echo "soak: this version has no such suite" >&2; exit 1
+soak: setup ## SOAK_ROUNDS (1000) rounds of generation while an emulated controller fails at random
+	$(Q)REQUIRE=spdk $(PYTEST) -m soak tests/soak
 
 bench: setup ## measure the engine on this machine
 	$(Q).venv/bin/dualblade-spdk bench io
