@@ -81,10 +81,8 @@ def nothing(drive: Drive, chance: random.Random) -> None:
 
 def status(drive: Drive, chance: random.Random) -> None:
     code = chance.choice([(2, 0x81), (2, 0x80), (0, 0x04), (0, 0x06)])
-    drive.inject(
-        chance.choice(["read", "write"]), error_type="nvme_failure", num=chance.randint(1, 3), nvme_sct=code[0],
-        nvme_sc=code[1],
-    )  # fmt: skip
+    op = chance.choice(["read", "write"])
+    drive.inject(op, error_type="nvme_failure", num=chance.randint(1, 3), nvme_sct=code[0], nvme_sc=code[1])
 
 
 def corrupt(drive: Drive, chance: random.Random) -> None:
