@@ -87,7 +87,7 @@ def status(drive: Drive, chance: random.Random) -> None:
 
 def corrupt(drive: Drive, chance: random.Random) -> None:
     drive.inject(
-        "read", error_type="corrupt_data", num=1, corrupt_offset=3, corrupt_value=chance.randrange(256)
+        "read", error_type="corrupt_data", num=1, corrupt_offset=3, corrupt_value=chance.randrange(1, 256)
     )
 
 
