@@ -17,13 +17,13 @@ HEADS, HEAD_DIM, ITEMSIZE, TOKENS = 8, 128, 2, 65536
 
 
 class RawPath(StoragePath):
-    """The whole medium, one tensor behind the other; the queue stays the caller's."""
+    """The medium from `start` on, one tensor behind the other; the queue stays the caller's."""
 
     kind = PathKind.DIRECT
 
-    def __init__(self, queue: Queue):
+    def __init__(self, queue: Queue, start: int = 0):
         super().__init__(queue, timeout_s=60.0)
-        self._end = 0
+        self._end = start
 
     @property
     def target(self) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import click
 from dualblade.cli.output import console, emit, json_option, table
 from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
-from dualblade.units import MIB, parse_size
+from dualblade.units import KIB, MIB, parse_size
 
 STEP = 256 * MIB  # a layer: K and V
+_PERF_RATIOS = ("engine_vs_perf", "python_vs_perf")
 
 
 @click.group()
@@ -25,18 +27,53 @@ def bench() -> None:
 @click.option(
     "--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the test file is made."
 )
+@click.option(
+    "--nvme",
+    metavar="TARGET",
+    help="Through SPDK: a PCI address or transport id, with a volume of ours. An extent of it is overwritten.",
+)
+@click.option("--emulate", is_flag=True, help="Through SPDK: a controller made for this run, in memory.")
 @click.option("--size", default="1G", show_default=True, help="Of the test file; a multiple of 256M.")
-@click.option("--queue-depth", type=click.IntRange(1, 1024), default=32, show_default=True)
-@click.option("--command", "command_size", default="1M", show_default=True, help="Size of one command.")
+@click.option("--queue-depth", type=click.IntRange(1, 1024), help="Of a file. [default: 32]")
+@click.option("--command", "command_size", metavar="SIZE", help="Size of a file's commands. [default: 1M]")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option("--seconds", type=click.IntRange(1, 60), help="Of each measurement through SPDK. [default: 1]")
 @json_option
 def io(
-    as_json: bool, cache_dir: Path | None, size: str, queue_depth: int, command_size: str, rounds: int
+    as_json: bool,
+    cache_dir: Path | None,
+    nvme: str | None,
+    emulate: bool,
+    size: str,
+    queue_depth: int | None,
+    command_size: str | None,
+    rounds: int,
+    seconds: int | None,
 ) -> None:
-    """The engine beside fio, and the store beside the engine, on one file of random bytes."""
-    nbytes, command_bytes = parse_size(size, "--size"), parse_size(command_size, "--command")
-    if nbytes % STEP:
+    """The engine beside fio, and the store beside the engine, on one file of random bytes.
+
+    Through SPDK it is the engine beside spdk_nvme_perf, with transfers of 128K and 1M, 8 and 32 of them in
+    flight.
+    """
+    nbytes = parse_size(size, "--size")
+    if nbytes % STEP or not nbytes:
         raise UsageError(f"--size {size} is not a multiple of 256M", "write e.g. 1G")
+    if nvme is None and not emulate:
+        if seconds:
+            raise UsageError("--seconds is for --nvme and --emulate")
+        _io_file(as_json, cache_dir, nbytes, queue_depth or 32, command_size or "1M", rounds)
+        return
+    if nvme and emulate:
+        raise UsageError("--emulate makes its own target", "leave --nvme or --emulate out")
+    if cache_dir or queue_depth or command_size:
+        raise UsageError("--cache-dir, --queue-depth and --command are for a file")
+    _io_nvme(as_json, nvme, nbytes, rounds, seconds or 1)
+
+
+def _io_file(
+    as_json: bool, cache_dir: Path | None, nbytes: int, queue_depth: int, command_size: str, rounds: int
+) -> None:
+    command_bytes = parse_size(command_size, "--command")
     if command_bytes % 4096 or command_bytes > 4 * MIB:
         raise UsageError(f"--command {command_size} is not a multiple of 4K up to 4M", "write e.g. 1M")
     from dualblade.bench.fio import fio_path
@@ -53,6 +90,22 @@ def io(
     record = run_io_bench(made, lambda text: screen.print(f"[dim]{text}[/dim]"))
     remember(folder, None, record["tensor_store_gib_s"], record["page_cache_gib_s"])
     emit(record, as_json, _show)
+
+
+def _io_nvme(as_json: bool, nvme: str | None, nbytes: int, rounds: int, seconds: int) -> None:
+    from dualblade.bench.nvme import NvmeBench, emulated_bench, no_perf, run_nvme_bench
+
+    screen = console()
+    if reason := no_perf():
+        screen.print(f"{reason}, so the engine has no reference here")
+    made = (
+        nullcontext(NvmeBench(nvme, nbytes, rounds, seconds))
+        if nvme
+        else emulated_bench(nbytes, rounds, seconds)
+    )
+    with made as chosen:
+        record = run_nvme_bench(chosen, lambda text: screen.print(f"[dim]{text}[/dim]"))
+    emit(record, as_json, _show_nvme)
 
 
 @bench.command(epilog="Example: dualblade-spdk bench policy --rounds 5")
@@ -114,6 +167,39 @@ def _show_policy(record: dict[str, Any]) -> None:
         for row in record["rows"]
     ]
     table(("cached", "layers ahead", "first-fit ms", "spread ms", "spread / first-fit"), rows)
+
+
+def _show_nvme(record: dict[str, Any]) -> None:
+    rows = [
+        (
+            row["op"],
+            f"{row['transfer_bytes'] // KIB}K",
+            row["depth"],
+            f"{row['engine_gib_s']:.2f}",
+            f"{row['python_gib_s']:.2f}",
+            f"{row['perf_gib_s']:.2f}" if "perf_gib_s" in row else "-",
+            *(f"{row['ratios'][name]:.3f}" if name in row["ratios"] else "-" for name in _PERF_RATIOS),
+            f"{row['engine_cpu_s_per_gib']:.3f}",
+            f"{row['python_cpu_s_per_gib']:.3f}",
+        )
+        for row in record["cases"]
+    ]
+    titles = (
+        "engine",
+        "Python",
+        "perf",
+        "engine/perf",
+        "Python/perf",
+        "engine CPU s/GiB",
+        "Python CPU s/GiB",
+    )
+    table(("", "size", "depth", *titles), rows)
+    click.echo("engine, Python, perf: GiB/s (median); one transfer cut in C, one at a time, spdk_nvme_perf")
+    tensor, store = record["tensor_engine_gib_s"], record["tensor_store_gib_s"]
+    size = f"{record['tensor_bytes'] // MIB} MiB"
+    click.echo(f"{size} KV tensor: {store:.2f} GiB/s through the store, {tensor:.2f} by the engine alone")
+    click.echo(f"store vs engine: {record['ratios']['store_vs_engine']:.3f}")
+    click.echo(f"idle: {record['idle_cpu']:.1%} of a CPU")
 
 
 def _show(record: dict[str, Any]) -> None:
