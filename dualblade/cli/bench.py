@@ -30,7 +30,7 @@ def bench() -> None:
 @click.option(
     "--nvme",
     metavar="TARGET",
-    help="Through SPDK: a PCI address or transport id, with a volume of ours. An extent of it is overwritten.",
+    help="Through SPDK: a PCI address or transport id, with a volume of ours, which is written to.",
 )
 @click.option("--emulate", is_flag=True, help="Through SPDK: a controller made for this run, in memory.")
 @click.option("--size", default="1G", show_default=True, help="Of the test file; a multiple of 256M.")
