@@ -259,9 +259,10 @@ def _perf(bench: NvmeBench, case: Case) -> float:
 
 
 def _client_cpu(bench: NvmeBench) -> int:
-    """One that the target does not keep busy, where there is one."""
+    """One that the target does not keep busy, where there is one: `emulate` takes the last by itself."""
     allowed = os.sched_getaffinity(0)
-    return max(allowed - {bench.busy_cpu} or allowed)
+    busy = max(allowed) if bench.busy_cpu is None else bench.busy_cpu
+    return max(allowed - {busy} or allowed)
 
 
 def _tensors(bench: NvmeBench) -> dict[str, float]:
