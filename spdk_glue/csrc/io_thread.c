@@ -164,8 +164,8 @@ static void finish_transfer(glue_queue *queue, struct transfer *transfer)
     uint32_t at = (queue->done_head + queue->done_count) % queue->options.max_transfers;
     queue->done[at] = transfer->done;
     queue->done_count++;
-    pthread_cond_broadcast(&queue->changed);
     pthread_mutex_unlock(&queue->lock);
+    pthread_cond_broadcast(&queue->changed); /* not before: whoever wakes wants the lock */
     transfer_free(transfer);
 }
 
