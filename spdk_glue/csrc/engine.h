@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What an engine must offer. An engine moves commands; it knows nothing of transfers, order or
- * Python. All calls but wake and fault come from the queue's I/O thread. */
+ * Python. All calls but wake, fault and close come from the queue's I/O thread. */
 #ifndef ENGINE_H
 #define ENGINE_H
 #include <pthread.h>
@@ -49,6 +49,9 @@ struct engine_ops {
     int (*wait)(void *self, struct event *out, unsigned max, int64_t timeout_ns);
     /* Required, from any thread: the present or next wait() returns. */
     void (*wake)(void *self);
+    /* Optional: the last call of the I/O thread, when nothing is in flight: let go of the files. */
+    void (*finish)(void *self);
+    /* Required, from any thread, after the I/O thread has ended. */
     void (*close)(void *self);
     /* Optional. 1 registered, 0 not possible (the commands work all the same). */
     int (*add_memory)(void *self, uint64_t address, uint64_t bytes);

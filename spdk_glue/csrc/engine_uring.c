@@ -219,11 +219,17 @@ static int uring_add_memory(void *self, uint64_t address, uint64_t bytes)
     return add_buffer(engine, address, bytes);
 }
 
+/* The closed ring lingers in the kernel for a while, and with it the files, their locks and claims. Only
+ * the thread that submits may take them out (SINGLE_ISSUER). */
+static void uring_finish(void *self)
+{
+    struct uring_engine *engine = self;
+    io_uring_unregister_files(&engine->ring);
+}
+
 static void uring_close(void *self)
 {
     struct uring_engine *engine = self;
-    /* The ring lingers in the kernel for a while, and with it the files' locks. */
-    io_uring_unregister_files(&engine->ring);
     io_uring_queue_exit(&engine->ring);
     close(engine->wake_fd);
     free(engine);
@@ -235,6 +241,7 @@ const struct engine_ops engine_uring = {
     .submit = uring_submit,
     .wait = uring_wait,
     .wake = uring_wake,
+    .finish = uring_finish,
     .close = uring_close,
     .add_memory = uring_add_memory,
     .remove_memory = uring_remove_memory,

@@ -368,5 +368,7 @@ void *io_thread(void *argument)
     }
     if (open)
         drain(queue);
+    if (open && !queue->in_flight && queue->ops->finish)
+        queue->ops->finish(queue->engine);
     return NULL;
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -21,6 +22,21 @@ from spdk_glue import PAGE, READ, MemOptions, Queue, QueueOptions, TransferTimeo
 HOURS = MemOptions(latency_us=3600e6)
 AT_ONCE = QueueOptions(drain_ms=0)
 WATCHED_S = 0.5
+
+
+# the file -------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("uring")
+@pytest.mark.parametrize("engine", ["uring", "posix"])
+def test_a_closed_queue_lets_go_of_the_file_at_once(tmp_path: Path, regions, engine: str) -> None:
+    region = regions(CAPACITY)
+    with open_file(tmp_path, flags=0) as fd, Queue.files([fd], engine=engine) as queue:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        queue.run(READ, [plain(0, region.address, CAPACITY)])
+        queue.close()
+    with open(tmp_path / "medium", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # CPU time -----------------------------------------------------------------------------------
