@@ -160,6 +160,9 @@ def _open_error(path: Path, error: OSError) -> TargetError:
             "name a target you may write to; a mounted disk is never taken",
         )
     if error.errno in (errno.EBUSY, errno.ETXTBSY):
+        pid = _claimant(path)
+        if pid:
+            return _in_use(name, pid)
         return TargetError(f"{name} is mounted or in use", "unmount it, or name another target")
     if error.errno == errno.ENOENT:
         return TargetError(f"{name}: there is no such file or folder")
@@ -225,11 +228,14 @@ def _lock(fd: int, name: str) -> None:
     try:
         _patiently(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError as error:
-        pid = _lock_holder(fd)
-        by = f"another process (pid {pid})" if pid else "another process"
-        raise TargetError(f"{name} is in use by {by}", "wait for it, or name another target") from error
+        raise _in_use(name, _lock_holder(os.fstat(fd))) from error
     except OSError as error:
         raise TargetError(f"{name} cannot be locked: {error.strerror}", _DISK_HINT) from error
+
+
+def _in_use(name: str, pid: int | None) -> TargetError:
+    by = f"another process (pid {pid})" if pid else "another process"
+    return TargetError(f"{name} is in use by {by}", "wait for it, or name another target")
 
 
 def _patiently(attempt: Callable[[], Result]) -> Result:
@@ -251,8 +257,15 @@ def release(fd: int) -> None:
     os.close(fd)
 
 
-def _lock_holder(fd: int) -> int | None:
-    status = os.fstat(fd)
+def _claimant(device: Path) -> int | None:
+    """The process of ours that has a block device: it holds the lock too."""
+    try:
+        return _lock_holder(device.stat())
+    except OSError:
+        return None
+
+
+def _lock_holder(status: os.stat_result) -> int | None:
     wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
         lines = Path("/proc/locks").read_text().splitlines()

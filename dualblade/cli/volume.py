@@ -112,10 +112,12 @@ def _existing(opened: OpenTarget) -> Volume:
 
 def _create(opened: OpenTarget, serial: str | None) -> dict[str, Any]:
     from dualblade.ownership import check_free_to_take, identify_target
+    from dualblade.superblock import Geometry
     from dualblade.volume import Volume
 
     try:
         who = identify_target(opened)
+        Geometry.of(opened.capacity)  # before anything is erased
         if check_free_to_take(opened, who, serial):
             opened.erase_edges()
         made = Volume.create(opened.queue, opened.capacity, name=opened.name)

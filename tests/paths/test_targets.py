@@ -313,8 +313,9 @@ def test_a_block_device(loop_device: str, direct_dir: Path, monkeypatch: pytest.
         Volume.create(target.queue, target.capacity)
         with monkeypatch.context() as impatient:
             impatient.setattr(target_files, "_PATIENCE_S", 0.1)
-            with pytest.raises(TargetError, match="mounted or in use"):
+            with pytest.raises(TargetError, match=rf"in use by another process \(pid {os.getpid()}\)"):
                 open_file(loop_device)
+    os.close(os.open(loop_device, os.O_RDWR | os.O_EXCL))  # free again at once, for mkfs for instance
     link = direct_dir / "by-id"
     link.symlink_to(loop_device)
     with open_file(link) as target:

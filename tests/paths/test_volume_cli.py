@@ -100,6 +100,14 @@ def test_create_with_the_serial_erases_both_ends(direct_dir: Path) -> None:
     assert record("check", path)["ok"] is True
 
 
+def test_create_with_the_serial_of_what_is_too_small_erases_nothing(direct_dir: Path) -> None:
+    path = direct_dir / "notes.txt"
+    path.write_bytes(bytes(range(1, 250)) * 33)
+    before = path.read_bytes()
+    assert "at least 1 MiB" in refused("create", path, "--i-know-this-erases", path.name).message
+    assert path.read_bytes() == before
+
+
 def test_create_does_not_take_a_volume_twice(kv: Path) -> None:
     uuid = record("show", kv)["uuid"]
     assert "holds a volume of ours" in refused("create", kv).message
