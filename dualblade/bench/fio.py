@@ -17,8 +17,10 @@ def fio_path() -> str | None:
     return shutil.which("fio")
 
 
-def run_fio(file: Path, rw: str, size: int, command_bytes: int, depth: int) -> float:
+def run_fio(file: Path, rw: str, size: int, command_bytes: int, depth: int, fixed: bool) -> float:
     """GiB a second of one sequential pass (`rw`: "read" or "write"), io_uring and O_DIRECT.
+
+    fixed: with registered buffers, which RLIMIT_MEMLOCK must have room for.
 
     Raises DualBladeError where fio fails.
     """
@@ -35,12 +37,19 @@ def run_fio(file: Path, rw: str, size: int, command_bytes: int, depth: int) -> f
         "--invalidate=0",
         "--allow_file_create=0",
         "--registerfiles=1",
-        "--fixedbufs=1",
+        f"--fixedbufs={fixed:d}",
         "--refill_buffers=0",
         "--output-format=json",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise DualBladeError(f"fio failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        raise DualBladeError(f"fio failed: {_complaint(done)}")
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][rw]
     return float(job["io_bytes"]) / (job["runtime"] / 1000) / GIB
+
+
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """Its line begins with "fio:", beside the report or before it."""
+    lines = f"{done.stderr}\n{done.stdout}".splitlines()
+    said = [line.removeprefix("fio:").strip() for line in lines if line.startswith("fio:")]
+    return said[0] if said else f"exit status {done.returncode}"
