@@ -16,6 +16,7 @@ from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
 from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
 from dualblade.superblock import capacity_for
+from dualblade.target_files import make_cache_dir
 from dualblade.targets import default_capacity, open_target, open_volume
 from dualblade.tensors import PathKind, TensorSpec
 from dualblade.units import GIB, MIB
@@ -50,7 +51,7 @@ class Offload:
     def _open_paths(self, grows: bool) -> None:
         share_used = self.plan.bytes_on(PathKind.PAGE_CACHE)
         if share_used or (grows and self.plan.share.bytes and self.settings.forced is not PathKind.DIRECT):
-            self.settings.cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_cache_dir(self.settings.cache_dir)
             self.paths[PathKind.PAGE_CACHE] = PageCachePath(self.settings.cache_dir, self.settings.timeout_s)
         wanted = self.plan.bytes_on(PathKind.DIRECT)
         if wanted or self.settings.nvme or (grows and self.settings.forced is not PathKind.PAGE_CACHE):

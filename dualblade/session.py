@@ -222,7 +222,9 @@ def _read(file: Path | None) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the prompt file {file} cannot be read: {error}") from error
+        raise ConfigError(
+            f"the prompt file {file} cannot be read: {error}", "name another with --prompt-file"
+        ) from error
     if not text.strip():
         raise ConfigError(f"the prompt file {file} is empty")
     return text

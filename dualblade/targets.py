@@ -317,7 +317,7 @@ def default_capacity(cache_dir: Path, limit: int) -> int:
     Raises TargetError.
     """
     folder = cache_dir.absolute()
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     free, floor = room(folder)
     return max(MIN_CAPACITY, min(limit, free - floor) // LBA * LBA)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dualblade.cli.options import model_options, settings_from
 from dualblade.cli.output import console, describe_device, emit, json_option
-from dualblade.errors import UsageError
+from dualblade.errors import ConfigError, UsageError
 from dualblade.units import format_size
 
 
@@ -50,13 +52,26 @@ def run(as_json: bool, report: Path | None, **options: Any) -> None:
     if options["device"] == "cuda":
         raise UsageError("this version computes on the CPU only", "leave --device out")
     _one_prompt(options)
+    if report:
+        _check_report(report)
     record = _generate(_run_options(options), show_text=not as_json)
     if report:
-        report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(record, indent=2) + "\n")
     emit(record, as_json, lambda _: None)
     if not as_json:
         show_summary(record)
+
+
+def _check_report(report: Path) -> None:
+    """Before the run, whose record would be lost."""
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(report if report.exists() else report.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(
+            f"the report {report} cannot be written: {error.strerror}", "name another file with --report"
+        ) from error
 
 
 def _one_prompt(options: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def memlock(limit: int | None = None, privileged: bool | None = None) -> Check:
 def nearest_folder(folder: Path) -> Path:
     """`folder`, or the closest parent that exists."""
     at = folder.absolute()
-    while not at.exists():
+    while not os.path.exists(at):  # False too where a parent may not be looked into
         at = at.parent
     return at
 

@@ -347,3 +347,23 @@ def _decoding(pid: int) -> bool:
     except OSError:
         return False
     return int(re.search(r"write_bytes: (\d+)", written)[1]) > 20 << 20  # type: ignore[index]
+
+
+# places that cannot be written --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [RUN, ["bench", "io"], ["bench", "context", "--upto", "4096"]])
+def test_a_cache_folder_that_cannot_be_made(tmp_path: Path, capsys, command: list[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main([*command, "--cache-dir", str(tmp_path / "file" / "kv")]) == 1
+    error = capsys.readouterr().err
+    assert "cannot be made: Not a directory" in error
+    assert "hint: name another with --cache-dir" in error
+
+
+def test_a_report_that_cannot_be_written_is_found_out_first(run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, out, error = run(*RUN, "--report", str(tmp_path / "file" / "run.json"))
+    assert (code, out) == (1, "")
+    assert "run.json cannot be written: " in error
+    assert "--report" in error

@@ -168,6 +168,19 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pyte
     assert "--cache-dir" in str(check.fix)
 
 
+def test_a_cache_folder_below_a_closed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, stat = tmp_path / "closed", os.stat
+
+    def refuse(path: object, **options: object) -> os.stat_result:
+        if Path(str(path)).is_relative_to(closed / "a"):
+            raise PermissionError(13, "Permission denied")
+        return stat(str(path))
+
+    closed.mkdir()
+    monkeypatch.setattr(os, "stat", refuse)
+    assert checks.nearest_folder(closed / "a" / "b") == closed
+
+
 @pytest.mark.parametrize(
     ("kind", "state"),
     [
