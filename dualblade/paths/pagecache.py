@@ -46,8 +46,12 @@ class PageCachePath(StoragePath):
         try:
             for _ in range(FILES):
                 self.fds.append(_open_private(folder))
-            if file_facts(self.fds[0]).in_memory:
-                raise TargetError(f"{folder} is in memory, not on a disk", "choose another with --cache-dir")
+            facts = file_facts(self.fds[0])
+            if facts.in_memory:
+                raise TargetError(
+                    f"{folder} is on {facts.filesystem}, which is memory and no disk",
+                    "choose another with --cache-dir",
+                )
             queue = Queue.files(self.fds, options)
         except OSError as error:
             self._close_files()

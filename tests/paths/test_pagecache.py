@@ -130,7 +130,7 @@ def test_released_space_comes_back(path: PageCachePath) -> None:
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="need a tmpfs at /dev/shm")
 def test_a_folder_in_memory_is_refused() -> None:
     files, threads = descriptors(), tasks()
-    with pytest.raises(TargetError, match="/dev/shm is in memory, not on a disk") as caught:
+    with pytest.raises(TargetError, match="/dev/shm is on tmpfs, which is memory and no disk") as caught:
         PageCachePath(Path("/dev/shm"))
     assert "--cache-dir" in str(caught.value.hint)
     assert descriptors() == files
