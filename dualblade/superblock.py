@@ -54,7 +54,8 @@ class Geometry:
         """Of a target that holds `nbytes`. Raises CapacityError."""
         if nbytes < MIN_CAPACITY:
             raise CapacityError(
-                f"the target holds {format_size(nbytes)}; a volume needs at least {format_size(MIN_CAPACITY)}"
+                f"the target holds {format_size(nbytes)}; a volume needs at least {format_size(MIN_CAPACITY)}",
+                "name a larger target, or pass a larger --capacity",
             )
         return cls(nbytes // LBA * LBA)
 
