@@ -53,8 +53,9 @@ class Geometry:
     def of(cls, nbytes: int) -> Geometry:
         """Of a target that holds `nbytes`. Raises CapacityError."""
         if nbytes < MIN_CAPACITY:
+            least = format_size(MIN_CAPACITY)
             raise CapacityError(
-                f"the target holds {format_size(nbytes)}; a volume needs at least {format_size(MIN_CAPACITY)}",
+                f"the target holds {format_size(nbytes)}; a volume needs at least {least}",
                 "name a larger target, or pass a larger --capacity",
             )
         return cls(nbytes // LBA * LBA)
