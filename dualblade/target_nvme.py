@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from dataclasses import dataclass
 
 from dualblade.config import nvme_secrets
@@ -35,6 +37,11 @@ class NvmeNamespace:
     name: str
     queue: Queue
     capacity: int
+    claim: socket.socket
+
+    def close(self) -> None:
+        """After the queue: somebody else may have it."""
+        self.claim.close()
 
     def edges(self) -> bytes:
         """The first and the last MiB, as they are now. Raises StorageError."""
@@ -66,10 +73,38 @@ def open_nvme(
     name: str, transport_id: str, nvme: NvmeOptions, options: QueueOptions, memory: int
 ) -> NvmeNamespace:
     """memory: bytes that the transfers' buffers will take. Raises TargetError, BudgetError."""
+    claim = _claim(name, transport_id, nvme.nsid)
+    try:
+        queue = _connect(name, transport_id, nvme, options, memory)
+    except BaseException:
+        claim.close()
+        raise
+    medium = queue.medium()
+    assert medium is not None
+    return NvmeNamespace(name, queue, medium.nbytes // LBA * LBA, claim)
+
+
+def _claim(name: str, transport_id: str, nsid: int) -> socket.socket:
+    """One process of this machine at a time: a second one would take the first one's extents for
+    leftovers. An abstract socket goes with its process, however that ends."""
+    words = sorted(transport_id.lower().split())
+    digest = hashlib.sha256(" ".join([*words, f"ns:{nsid}"]).encode()).hexdigest()[:32]
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0dualblade-spdk/{digest}")
+    except OSError as error:
+        claim.close()
+        raise TargetError(
+            f"{name} is in use by another run", "wait until it ends, or use another target"
+        ) from error
+    return claim
+
+
+def _connect(name: str, transport_id: str, nvme: NvmeOptions, options: QueueOptions, memory: int) -> Queue:
     pci = transport_id.lower().startswith("trtype:pcie")
     try:
         _start(memory, pci)
-        queue = Queue.nvme(transport_id, options, nvme)
+        return Queue.nvme(transport_id, options, nvme)
     except NotBuiltError as error:
         raise TargetError(
             f"{name} needs SPDK, which this build is without",
@@ -78,9 +113,6 @@ def open_nvme(
         ) from error
     except GlueError as error:
         raise TargetError(f"{name}: {error.strerror}", _hint(transport_id)) from error
-    medium = queue.medium()
-    assert medium is not None
-    return NvmeNamespace(name, queue, medium.nbytes // LBA * LBA)
 
 
 def _start(memory: int, pci: bool) -> None:

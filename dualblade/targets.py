@@ -187,6 +187,8 @@ class OpenTarget:
     def close(self) -> None:
         if not self.queue.closed:
             self.given_up = self.queue.close()
+        if self.nvme is not None and not self.given_up:
+            self.nvme.close()
         # A write that was given up may still land: until the process ends nobody else gets the lock.
         if self._fd is not None and not self.given_up:
             release(self._fd)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import base64
 import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -38,6 +40,21 @@ def guarded(fresh_target: EmulatedTarget) -> str:
 def opens(target: str) -> int:
     with open_target(target, capacity=None, cache_dir=Path(), timeout=8.0) as opened:
         return len(opened.edges())
+
+
+def test_one_process_of_a_machine_at_a_time(fresh_target: EmulatedTarget) -> None:
+    """NVMe/TCP itself lets any number in; the second would take the first one's extents for leftovers."""
+    target = fresh_target.export(fresh_target.malloc("m0", 16 * MIB), "tcp")
+    code = (
+        "import sys; from pathlib import Path; from dualblade.targets import open_target\n"
+        "open_target(sys.argv[1], capacity=None, cache_dir=Path())"
+    )
+    kind, *words = target.split()
+    command = [sys.executable, "-c", code, " ".join([kind, *reversed(words)])]  # another spelling
+    with open_target(target, capacity=None, cache_dir=Path()):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert "is in use by another run" in done.stderr
+    subprocess.run(command, capture_output=True, timeout=60, check=True)
 
 
 def test_a_host_that_is_known_by_its_name(guarded: str, fresh_target: EmulatedTarget) -> None:
