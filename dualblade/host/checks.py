@@ -58,7 +58,9 @@ def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check
     """`engines` as the build lists them, or `problem`: why the build cannot be loaded. `rebuild`: the
     command that builds it again."""
     if problem:
-        return Check("engine", FAIL, problem, rebuild)
+        return Check(
+            "engine", FAIL, problem, "apt-get install liburing2" if "liburing.so" in problem else rebuild
+        )
     if "uring" not in engines:
         return Check(
             "engine",

@@ -104,6 +104,10 @@ def test_engine() -> None:
     assert (without.state, without.fix) == (WARN, "apt-get install liburing-dev pkg-config && make setup")
     absent = checks.c_engine([], "the C engine is not built", "make setup")
     assert absent == Check("engine", FAIL, "the C engine is not built", "make setup")
+    unlinked = checks.c_engine(
+        [], "it cannot be loaded: liburing.so.2: cannot open shared object", "make setup"
+    )
+    assert unlinked.fix == "apt-get install liburing2"
 
 
 @pytest.mark.parametrize(
