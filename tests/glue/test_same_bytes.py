@@ -9,8 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from media import CAPACITY, array, gather, noise, open_file, python, read_back, scatter, write_bytes
+from media import (
+    CAPACITY,
+    array,
+    at,
+    gather,
+    geometries,
+    noise,
+    open_file,
+    python,
+    read_back,
+    scatter,
+    write_bytes,
+)
 
 from spdk_glue import PAGE, READ, WRITE, Piece, Queue, QueueOptions, Region, plain
 
@@ -18,32 +29,6 @@ MEMORY = 512 * PAGE
 same_medium = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@st.composite
-def geometries(draw: st.DrawFn) -> list[Piece]:
-    """Up to three pieces, apart from each other in memory and on the medium; addresses from 0 on."""
-    pieces, offset, address = [], 0, 0
-    for _ in range(draw(st.integers(1, 3))):
-        heads, blocks = draw(st.integers(1, 5)), draw(st.integers(1, 4))
-        run = PAGE * draw(st.integers(1, 4))
-        offset += PAGE * draw(st.integers(0, 3))
-        address += PAGE * draw(st.integers(0, 3))
-        gap = PAGE * draw(st.integers(0, 2))
-        head_stride, block_stride = draw(
-            st.sampled_from(
-                [(blocks * run + gap, run), (run, heads * run + gap), (run + gap, heads * (run + gap))]
-            )
-        )
-        piece = Piece(offset, address, head_stride, block_stride, run, heads, blocks)
-        pieces.append(piece)
-        offset += piece.nbytes
-        address += (heads - 1) * head_stride + (blocks - 1) * block_stride + run
-    return draw(st.permutations(pieces))
-
-
-def at(pieces: list[Piece], base: int) -> list[Piece]:
-    return [piece._replace(address=piece.address + base) for piece in pieces]
 
 
 @same_medium

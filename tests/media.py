@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spdk_glue import PAGE, READ, WRITE, MemOptions, Piece, Queue, QueueOptions, Region, plain
@@ -55,6 +56,32 @@ def noise(nbytes: int, seed: int = 0) -> Bytes:
     return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
 
 
+@st.composite
+def geometries(draw: st.DrawFn) -> list[Piece]:
+    """Up to three pieces, apart from each other in memory and on the medium; addresses from 0 on."""
+    pieces, offset, address = [], 0, 0
+    for _ in range(draw(st.integers(1, 3))):
+        heads, blocks = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+        run = PAGE * draw(st.integers(1, 4))
+        offset += PAGE * draw(st.integers(0, 3))
+        address += PAGE * draw(st.integers(0, 3))
+        gap = PAGE * draw(st.integers(0, 2))
+        head_stride, block_stride = draw(
+            st.sampled_from(
+                [(blocks * run + gap, run), (run, heads * run + gap), (run + gap, heads * (run + gap))]
+            )
+        )
+        piece = Piece(offset, address, head_stride, block_stride, run, heads, blocks)
+        pieces.append(piece)
+        offset += piece.nbytes
+        address += (heads - 1) * head_stride + (blocks - 1) * block_stride + run
+    return draw(st.permutations(pieces))
+
+
+def at(pieces: list[Piece], base: int) -> list[Piece]:
+    return [piece._replace(address=piece.address + base) for piece in pieces]
+
+
 def runs(pieces: Sequence[Piece], base: int) -> Iterator[tuple[slice, slice]]:
     """(bytes of the medium, bytes of the memory from address `base` on) of every run."""
     for piece in pieces:
@@ -78,13 +105,13 @@ def scatter(medium: Bytes, memory: Bytes, pieces: Sequence[Piece], base: int) ->
 
 
 def read_back(queue: Queue, offset: int = 0, nbytes: int = CAPACITY) -> bytes:
-    with Region(nbytes) as region:
+    with Region(nbytes, of_env=queue.needs_env_memory) as region:
         queue.run(READ, [plain(offset, region.address, nbytes)])
         return bytes(region.buffer(0, nbytes))
 
 
 def write_bytes(queue: Queue, offset: int, data: bytes) -> None:
-    with Region(len(data)) as region:
+    with Region(len(data), of_env=queue.needs_env_memory) as region:
         region.buffer(0, len(data))[:] = data
         queue.run(WRITE, [plain(offset, region.address, len(data))])
 
