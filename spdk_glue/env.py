@@ -64,7 +64,16 @@ def take_log() -> list[str]:
     return [line for line in ffi.string(text).decode(errors="replace").splitlines() if line.strip()]
 
 
+def first_words(count: int = 2) -> str:
+    """The first lines of the log, for the text of an error whose cause comes before what it led to."""
+    return _words(slice(count))
+
+
 def last_words(count: int = 2) -> str:
     """The last lines of the log, for the text of an error."""
+    return _words(slice(-count, None))
+
+
+def _words(which: slice) -> str:
     lines = [_NOISE.sub("", line).strip() for line in take_log()]
-    return "; ".join(dict.fromkeys(lines[-count:])) or "SPDK gives no reason"
+    return "; ".join(dict.fromkeys(lines[which])) or "SPDK gives no reason"

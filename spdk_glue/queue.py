@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from spdk_glue._ffi import ffi, lib
-from spdk_glue.env import last_words, take_log
+from spdk_glue.env import first_words, take_log
 from spdk_glue.errors import (
     Completion,
     GlueError,
@@ -425,7 +425,7 @@ def _why_not(error: GlueError, nvme: NvmeOptions) -> str:
         errno.EINVAL: "SPDK cannot read the transport id, or a key",
         errno.ECHILD: "SPDK's environment does not run in this process",
     }
-    return reasons.get(error.errno or 0) or f"cannot connect: {last_words()}"
+    return reasons.get(error.errno or 0) or f"cannot connect: {first_words()}"
 
 
 def engines() -> list[str]:
