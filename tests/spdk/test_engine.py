@@ -32,9 +32,7 @@ from spdk_glue import (
     QueueOptions,
     Region,
     TransferError,
-    environment,
     plain,
-    start_environment,
 )
 
 pytestmark = pytest.mark.needs("spdk")
@@ -255,10 +253,6 @@ def test_memory_of_the_environment_is_zero_again(regions: Regions) -> None:
             array(region)[:] = 1
 
 
-def test_the_environment_starts_once(spdk_env: Environment) -> None:
-    assert start_environment(64 * MIB, hugepages=True, pci=True) is spdk_env is environment()
-
-
 # open errors --------------------------------------------------------------------------------------
 
 
@@ -292,7 +286,7 @@ def test_a_folder_with_nothing_in_it(spdk_env: Environment) -> None:
     with tempfile.TemporaryDirectory() as folder:
         error = refusal(f"trtype:VFIOUSER traddr:{folder}")
     assert error.errno == errno.ENOTCONN
-    assert str(error.strerror).startswith(f"cannot connect: Error to access file {folder}")
+    assert str(error.strerror).startswith(f"cannot connect: Access path {folder}/cntrl failed")
 
 
 def test_nobody_listens(spdk_env: Environment) -> None:
@@ -315,7 +309,7 @@ def test_nonsense(spdk_env: Environment, nonsense: str) -> None:
 
 @pytest.mark.parametrize("unknown", ["", "trtype:CARRIERPIGEON traddr:1.2.3.4"], ids=["none", "unknown"])
 def test_a_transport_that_is_not_there(spdk_env: Environment, unknown: str) -> None:
-    assert re.search(r"cannot connect: NVMe trtype .* not available", str(refusal(unknown)))
+    assert re.search(r"cannot connect: .*NVMe trtype .* not available", str(refusal(unknown)))
 
 
 HOLD = """
