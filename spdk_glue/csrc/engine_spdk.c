@@ -131,7 +131,9 @@ static void on_complete(void *argument, const struct spdk_nvme_cpl *completion)
             engine->last_write = 0;
         add_event(engine, (struct event){.command = command, .result = (int64_t)command->bytes});
     } else if (!was_lost(completion)) {
-        fail_command(engine, command, errno_of(completion), completion);
+        int error = errno_of(completion);
+        engine->gone |= error == -ENODEV; /* for good: what may come back need not be what went */
+        fail_command(engine, command, error, completion);
     } else if (engine->dead) {
         fail_command(engine, command, engine->dead, completion);
     } else if (clock_ns() >= command->due_ns || ++command->tries >= MAX_TRIES) {
@@ -244,7 +246,7 @@ static int spdk_submit(void *self, struct command *command)
         return 0;
     }
     if (error && !controller_is_same(&engine->controller)) {
-        engine->gone = 1; /* for good: what may come back need not be what went */
+        engine->gone = 1;
         return -ENODEV;
     }
     return error;
@@ -277,6 +279,8 @@ static void die(struct spdk_engine *engine, int error)
     if (engine->qpair)
         spdk_nvme_ctrlr_free_io_qpair(engine->qpair);
     engine->qpair = NULL;
+    for (uint32_t i = 0; i < engine->num_events && error == -ENODEV; i++)
+        engine->events[i].result = error; /* who answered is not known */
     while (engine->unsent) {
         struct command *command = engine->unsent;
         engine->unsent = command->next;
@@ -404,7 +408,7 @@ static void poll_once(struct spdk_engine *engine)
     if (spdk_nvme_qpair_process_completions(engine->qpair, 0) < 0)
         engine->lost = 1;
     uint64_t at = clock_ns();
-    if (at >= engine->admin_due)
+    if (engine->num_events || at >= engine->admin_due) /* no answer is passed on before the news */
         look_at_admin(engine, at);
     if (engine->lost)
         recover(engine);
