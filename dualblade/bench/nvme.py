@@ -39,6 +39,7 @@ from spdk_glue import READ, WRITE, Medium, Piece, Queue, QueueOptions, Region, e
 
 OPS = {"read": READ, "write": WRITE}
 SIZES, DEPTHS = (128 * KIB, MIB), (8, 32)
+LISTS = 4  # of transfers, handed over and not yet waited for
 _STORE_MEMORY = 2 * TENSOR_BYTES + 32 * MIB  # its slots and its tails
 _CPU_FIGURES = ("engine_cpu_s_per_gib", "python_cpu_s_per_gib")
 
@@ -52,7 +53,7 @@ class Case(NamedTuple):
 
     @property
     def window(self) -> int:
-        """Bytes of buffers, used again and again, as spdk_nvme_perf does."""
+        """Bytes in flight: buffers used again and again, as spdk_nvme_perf does."""
         return self.size * self.depth
 
 
@@ -207,7 +208,7 @@ def _ours(bench: NvmeBench, case: Case) -> dict[str, float]:
         region.buffer()[:] = os.urandom(region.size)
         _whole_passes(case, opened.queue, extent, region, 0.0)  # the target maps the pages, once
         speeds = {}
-        for name, measure in (("engine", _whole_passes), ("python", _one_by_one)):
+        for name, measure in (("engine", _whole_passes), ("python", _in_lists)):
             run = partial(measure, case, opened.queue, extent, region, bench.seconds)
             speeds[name], speeds[f"{name}_cpu_s_per_gib"] = _timed(opened.queue, run)
     return speeds
@@ -231,16 +232,20 @@ def _whole_passes(case: Case, queue: Queue, extent: Extent, region: Region, seco
     return moved
 
 
-def _one_by_one(case: Case, queue: Queue, extent: Extent, region: Region, seconds: float) -> int:
-    """Bytes moved: Python submits every transfer, and keeps `depth` of them in flight."""
-    op, size, tags = OPS[case.op], case.size, deque[int]()
+def _in_lists(case: Case, queue: Queue, extent: Extent, region: Region, seconds: float) -> int:
+    """Bytes moved: Python names every transfer's LBA and buffer, and hands them over `depth` a call, a few
+    lists ahead, so that the engine always has `depth` commands in flight."""
+    op, tags = OPS[case.op], deque[int]()
     moved, deadline = 0, time.perf_counter() + seconds
     while time.perf_counter() < deadline:
-        if len(tags) == case.depth:
+        pieces = [
+            plain(extent.offset + (moved + at) % extent.nbytes, region.address + at, case.size)
+            for at in range(0, case.window, case.size)
+        ]
+        tags.append(queue.submit(op, pieces))
+        moved += case.window
+        if len(tags) == LISTS:
             queue.wait(tags.popleft())
-        at = extent.offset + moved % extent.nbytes
-        tags.append(queue.submit(op, [plain(at, region.address + moved % case.window, size)]))
-        moved += size
     while tags:
         queue.wait(tags.popleft())
     return moved

@@ -194,7 +194,7 @@ def _show_nvme(record: dict[str, Any]) -> None:
         "Python CPU s/GiB",
     )
     table(("", "size", "depth", *titles), rows)
-    click.echo("engine, Python, perf: GiB/s (median); one transfer cut in C, one at a time, spdk_nvme_perf")
+    click.echo("engine, Python, perf: GiB/s (median); one transfer cut in C, lists of transfers, spdk_nvme_perf")
     tensor, store = record["tensor_engine_gib_s"], record["tensor_store_gib_s"]
     size = f"{record['tensor_bytes'] // MIB} MiB"
     click.echo(f"{size} KV tensor: {store:.2f} GiB/s through the store, {tensor:.2f} by the engine alone")
