@@ -49,7 +49,7 @@ class IoBench:
 def run_io_bench(bench: IoBench, say: Callable[[str], None]) -> dict[str, Any]:
     """The record of `bench io --json`: medians in GiB/s, ratios, and every single round."""
     with (
-        _random_file(bench, say) as (file, fd),
+        random_file(bench.folder, bench.size, say) as (file, fd),
         Queue.files([fd], bench.options) as queue,
         Queue.files([fd], bench.options, engine="posix") as posix,
     ):
@@ -81,7 +81,7 @@ def run_io_bench(bench: IoBench, say: Callable[[str], None]) -> dict[str, Any]:
 def drive_limit(bench: IoBench) -> float:
     """GiB/s of the engine reading sequentially, the better of two passes."""
     with (
-        _random_file(bench, lambda text: None) as (_, fd),
+        random_file(bench.folder, bench.size, lambda text: None) as (_, fd),
         Queue.files([fd], bench.options) as queue,
         Region(TENSOR_BYTES) as region,
     ):
@@ -93,17 +93,18 @@ def drive_limit(bench: IoBench) -> float:
 
 
 @contextmanager
-def _random_file(bench: IoBench, say: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
-    """A file written once with random bytes: holes and zeros would prove nothing."""
-    make_cache_dir(bench.folder)
-    check_room(bench.folder, bench.size)
-    handle, name = tempfile.mkstemp(prefix="bench-io-", dir=bench.folder)
+def random_file(folder: Path, size: int, say: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
+    """A file of `size` bytes and its descriptor (O_DIRECT), written once with random bytes: holes and zeros
+    would prove nothing. Raises CapacityError."""
+    make_cache_dir(folder)
+    check_room(folder, size)
+    handle, name = tempfile.mkstemp(prefix="bench-io-", dir=folder)
     try:
-        say(f"writing {bench.size // MIB} MiB of random bytes to {name}")
+        say(f"writing {size // MIB} MiB of random bytes to {name}")
         with os.fdopen(handle, "wb", buffering=0) as out:
-            os.posix_fallocate(out.fileno(), 0, bench.size)
-            for _ in range(bench.size // (16 * MIB)):
-                out.write(os.urandom(16 * MIB))
+            os.posix_fallocate(out.fileno(), 0, size)
+            for at in range(0, size, 16 * MIB):
+                out.write(os.urandom(min(16 * MIB, size - at)))
             os.fsync(out.fileno())
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         fd = os.open(name, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dualblade.bench.io import TENSOR_BYTES, load_speed
+from dualblade.bench.io import TENSOR_BYTES, load_speed, random_file
 from dualblade.bench.perf import PROGRAM, perf_path, run_perf
 from dualblade.bench.tensors import HEAD_DIM, HEADS, ITEMSIZE, RawPath, kv_store
 from dualblade.config import nvme_secrets
@@ -41,7 +41,7 @@ OPS = {"read": READ, "write": WRITE}
 SIZES, DEPTHS = (128 * KIB, MIB), (8, 32)
 LISTS = 4  # of transfers, handed over and not yet waited for
 _STORE_MEMORY = 2 * TENSOR_BYTES + 32 * MIB  # its slots and its tails
-_CPU_FIGURES = ("engine_cpu_s_per_gib", "python_cpu_s_per_gib")
+_CPU_FIGURES = ("engine_cpu_s_per_gib", "python_cpu_s_per_gib", "uring_cpu_s_per_gib")
 
 
 class Case(NamedTuple):
@@ -61,7 +61,8 @@ class Case(NamedTuple):
 class NvmeBench:
     """text: a TARGET of SPDK's driver. size: bytes of the extent that is measured in, a multiple of
     32 MiB. seconds: of each measurement. emulated: this run made the target itself, of which nothing
-    is worth keeping. busy_cpu: what the target keeps busy, where that is known."""
+    is worth keeping. busy_cpu: what the target keeps busy, where that is known. fd: the file that is its
+    disk, open with O_DIRECT, where io_uring is measured too."""
 
     text: str
     size: int = GIB
@@ -69,6 +70,7 @@ class NvmeBench:
     seconds: int = 1
     emulated: bool = False
     busy_cpu: int | None = None
+    fd: int | None = None
 
     @property
     def target(self) -> Target:
@@ -84,13 +86,21 @@ class NvmeBench:
 
 
 @contextmanager
-def emulated_bench(size: int, rounds: int, seconds: int) -> Iterator[NvmeBench]:
-    """On a controller of this run alone, its disk in memory. Raises TargetError."""
+def emulated_bench(
+    size: int, rounds: int, seconds: int, folder: Path | None, say: Callable[[str], None]
+) -> Iterator[NvmeBench]:
+    """On a controller of this run alone, its disk in memory, or a file in `folder` (through io_uring).
+    Raises TargetError, CapacityError."""
     capacity = round_up(capacity_for(size), MIB)
-    with EmulatedTarget(memory_mib=capacity // MIB) as emulated:
-        emulated.malloc("bench", capacity)
-        text = emulated.export("bench")
-        yield NvmeBench(text, size, rounds, seconds, emulated=True, busy_cpu=emulated.cpu)
+    made = partial(NvmeBench, size=size, rounds=rounds, seconds=seconds, emulated=True)
+    if folder is None:
+        with EmulatedTarget(memory_mib=capacity // MIB) as emulated:
+            emulated.malloc("bench", capacity)
+            yield made(emulated.export("bench"), busy_cpu=emulated.cpu)
+        return
+    with random_file(folder, capacity, say) as (path, fd), EmulatedTarget() as emulated:
+        emulated.uring("bench", path)
+        yield made(emulated.export("bench"), busy_cpu=emulated.cpu, fd=fd)
 
 
 def run_nvme_bench(bench: NvmeBench, say: Callable[[str], None]) -> dict[str, Any]:
@@ -117,6 +127,7 @@ def run_nvme_bench(bench: NvmeBench, say: Callable[[str], None]) -> dict[str, An
         "seconds": bench.seconds,
         "no_perf": reason,
         "idle_cpu": idle,
+        "uring_idle_cpu": _uring_idle_cpu(bench),
     }
     return record | _summary(bench, rounds) | {"measured": rounds}
 
@@ -181,9 +192,20 @@ def _fill(queue: Queue, extent: Extent) -> None:
 def idle_cpu(bench: NvmeBench) -> float:
     """Share of a CPU that the I/O thread takes while nothing is asked of it."""
     with _opened(bench, QueueOptions()) as (opened, _):
-        begun, wall = opened.queue.stats().cpu_s, time.perf_counter()
-        time.sleep(bench.seconds)
-        return (opened.queue.stats().cpu_s - begun) / (time.perf_counter() - wall)
+        return _idle(opened.queue, bench.seconds)
+
+
+def _idle(queue: Queue, seconds: float) -> float:
+    begun, wall = queue.stats().cpu_s, time.perf_counter()
+    time.sleep(seconds)
+    return (queue.stats().cpu_s - begun) / (time.perf_counter() - wall)
+
+
+def _uring_idle_cpu(bench: NvmeBench) -> float | None:
+    if bench.fd is None:
+        return None
+    with Queue.files([bench.fd], engine="uring") as queue:
+        return _idle(queue, bench.seconds)
 
 
 # one round ----------------------------------------------------------------------------------
@@ -211,7 +233,19 @@ def _ours(bench: NvmeBench, case: Case) -> dict[str, float]:
         for name, measure in (("engine", _whole_passes), ("python", _in_lists)):
             run = partial(measure, case, opened.queue, extent, region, bench.seconds)
             speeds[name], speeds[f"{name}_cpu_s_per_gib"] = _timed(opened.queue, run)
-    return speeds
+    return speeds if bench.fd is None else speeds | _on_file(bench.fd, case, extent, bench.seconds)
+
+
+def _on_file(fd: int, case: Case, extent: Extent, seconds: float) -> dict[str, float]:
+    """The bytes of the same extent, without SPDK and its target."""
+    with (
+        Queue.files([fd], QueueOptions(case.depth, case.size), engine="uring") as queue,
+        Region(case.window) as region,
+    ):
+        region.buffer()[:] = os.urandom(region.size)
+        queue.register(region)
+        gib_s, cpu = _timed(queue, partial(_whole_passes, case, queue, extent, region, seconds))
+    return {"uring": gib_s, "uring_cpu_s_per_gib": cpu}
 
 
 def _timed(queue: Queue, run: Callable[[], int]) -> tuple[float, float]:
@@ -310,7 +344,7 @@ def _summary(bench: NvmeBench, rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _row(case: Case, found: list[dict[str, float]]) -> dict[str, Any]:
-    pairs = [("engine", "perf"), ("python", "perf"), ("python", "engine")]
+    pairs = [("engine", "perf"), ("python", "perf"), ("python", "engine"), ("engine", "uring")]
     medians = {
         name if name in _CPU_FIGURES else f"{name}_gib_s": statistics.median(one[name] for one in found)
         for name in found[0]

@@ -15,6 +15,7 @@ from dualblade.errors import UsageError
 from dualblade.units import KIB, MIB, parse_size
 
 STEP = 256 * MIB  # a layer: K and V
+_NAMES = {"engine": "engine", "python": "Python", "uring": "io_uring"}
 _PERF_RATIOS = ("engine_vs_perf", "python_vs_perf")
 
 
@@ -32,7 +33,12 @@ def bench() -> None:
     metavar="TARGET",
     help="Through SPDK: a PCI address or transport id, with a volume of ours, which is written to.",
 )
-@click.option("--emulate", is_flag=True, help="Through SPDK: a controller made for this run, in memory.")
+@click.option(
+    "--emulate",
+    is_flag=True,
+    help="Through SPDK: a controller made for this run, in memory; with --cache-dir on a file there, "
+    "on which io_uring is measured too.",
+)
 @click.option("--size", default="1G", show_default=True, help="Of the test file; a multiple of 256M.")
 @click.option("--queue-depth", type=click.IntRange(1, 1024), help="Of a file. [default: 32]")
 @click.option("--command", "command_size", metavar="SIZE", help="Size of a file's commands. [default: 1M]")
@@ -65,9 +71,9 @@ def io(
         return
     if nvme and emulate:
         raise UsageError("--emulate makes its own target", "leave --nvme or --emulate out")
-    if cache_dir or queue_depth or command_size:
+    if queue_depth or command_size or (nvme and cache_dir):
         raise UsageError("--cache-dir, --queue-depth and --command are for a file")
-    _io_nvme(as_json, nvme, nbytes, rounds, seconds or 1)
+    _io_nvme(as_json, nvme, cache_dir, nbytes, rounds, seconds or 1)
 
 
 def _io_file(
@@ -92,19 +98,25 @@ def _io_file(
     emit(record, as_json, _show)
 
 
-def _io_nvme(as_json: bool, nvme: str | None, nbytes: int, rounds: int, seconds: int) -> None:
+def _io_nvme(
+    as_json: bool, nvme: str | None, folder: Path | None, nbytes: int, rounds: int, seconds: int
+) -> None:
     from dualblade.bench.nvme import NvmeBench, emulated_bench, no_perf, run_nvme_bench
 
     screen = console()
     if reason := no_perf():
         screen.print(f"{reason}, so the engine has no reference here")
+
+    def say(text: str) -> None:
+        screen.print(f"[dim]{text}[/dim]")
+
     made = (
         nullcontext(NvmeBench(nvme, nbytes, rounds, seconds))
         if nvme
-        else emulated_bench(nbytes, rounds, seconds)
+        else emulated_bench(nbytes, rounds, seconds, folder, say)
     )
     with made as chosen:
-        record = run_nvme_bench(chosen, lambda text: screen.print(f"[dim]{text}[/dim]"))
+        record = run_nvme_bench(chosen, say)
     emit(record, as_json, _show_nvme)
 
 
@@ -170,36 +182,32 @@ def _show_policy(record: dict[str, Any]) -> None:
 
 
 def _show_nvme(record: dict[str, Any]) -> None:
+    who = [name for name in ("engine", "python", "uring") if f"{name}_gib_s" in record["cases"][0]]
     rows = [
         (
             row["op"],
             f"{row['transfer_bytes'] // KIB}K",
             row["depth"],
-            f"{row['engine_gib_s']:.2f}",
-            f"{row['python_gib_s']:.2f}",
+            *(f"{row[f'{name}_gib_s']:.2f}" for name in who),
             f"{row['perf_gib_s']:.2f}" if "perf_gib_s" in row else "-",
             *(f"{row['ratios'][name]:.3f}" if name in row["ratios"] else "-" for name in _PERF_RATIOS),
-            f"{row['engine_cpu_s_per_gib']:.3f}",
-            f"{row['python_cpu_s_per_gib']:.3f}",
+            *(f"{row[f'{name}_cpu_s_per_gib']:.3f}" for name in who),
         )
         for row in record["cases"]
     ]
-    titles = (
-        "engine",
-        "Python",
-        "perf",
-        "engine/perf",
-        "Python/perf",
-        "engine CPU s/GiB",
-        "Python CPU s/GiB",
-    )
+    named = [_NAMES[name] for name in who]
+    titles = (*named, "perf", "engine/perf", "Python/perf", *(f"{name} CPU s/GiB" for name in named))
     table(("", "size", "depth", *titles), rows)
-    click.echo("engine, Python, perf: GiB/s (median); one transfer cut in C, lists of transfers, spdk_nvme_perf")
+    click.echo(
+        "GiB/s (median); engine: one transfer cut in C; Python: lists of transfers; perf: spdk_nvme_perf"
+    )
     tensor, store = record["tensor_engine_gib_s"], record["tensor_store_gib_s"]
     size = f"{record['tensor_bytes'] // MIB} MiB"
     click.echo(f"{size} KV tensor: {store:.2f} GiB/s through the store, {tensor:.2f} by the engine alone")
     click.echo(f"store vs engine: {record['ratios']['store_vs_engine']:.3f}")
-    click.echo(f"idle: {record['idle_cpu']:.1%} of a CPU")
+    beside = record["uring_idle_cpu"]
+    also = "" if beside is None else f", io_uring {beside:.1%}"
+    click.echo(f"idle: {record['idle_cpu']:.1%} of a CPU{also} (the target's own CPU is in no figure)")
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ from dualblade.emulate import EmulatedTarget
 
 SIZE = 32 << 20
 CODE = """
-import json, sys
+import json, pathlib, sys
 from dualblade.bench import nvme
+folder = pathlib.Path(sys.argv[4]) if sys.argv[4] else None
 nvme.SIZES, nvme.DEPTHS = (131072,), (8,)
 nvme.run_perf = lambda *words: calls.append(words) or 2.0
 nvme.no_perf = lambda: sys.argv[2] or None
@@ -28,17 +29,17 @@ bench = nvme.NvmeBench(sys.argv[1], int(sys.argv[3]), rounds=1, emulated=sys.arg
 if sys.argv[1]:
     record = nvme.run_nvme_bench(bench, lambda text: None)
 else:
-    with nvme.emulated_bench(bench.size, 1, 1) as bench:
+    with nvme.emulated_bench(bench.size, 1, 1, folder, lambda text: None) as bench:
         record = nvme.run_nvme_bench(bench, lambda text: None)
 print(json.dumps({"record": record, "perf": [list(words) for words in calls]}))
 """
 
 
-def run(target: str, no_perf: str = "") -> dict[str, Any]:
+def run(target: str, no_perf: str = "", folder: Path | str = "") -> dict[str, Any]:
     """In a process of its own, for SPDK's environment is a process's for life, with the memory that
     its first user asked for; spdk_nvme_perf is played."""
     done = subprocess.run(
-        [sys.executable, "-c", CODE, target, no_perf, str(SIZE)],
+        [sys.executable, "-c", CODE, target, no_perf, str(SIZE), str(folder)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -81,6 +82,15 @@ def test_an_emulated_target_is_read_and_written_by_both(nothing_left: Traces) ->
     assert record["idle_cpu"] >= 0
     assert (record["emulated"], record["no_perf"], record["engine"]) == (True, None, "spdk")
     assert len(record["measured"]) == record["rounds"] == 1
+
+
+@pytest.mark.needs("spdk", "uring", "o_direct")
+def test_io_uring_is_measured_on_the_file_behind_the_target(nothing_left: Traces, direct_dir: Path) -> None:
+    record = run("", folder=direct_dir)["record"]
+    for row in record["cases"]:
+        assert min(row["uring_gib_s"], row["uring_cpu_s_per_gib"], row["ratios"]["engine_vs_uring"]) > 0
+    assert 0 <= record["uring_idle_cpu"] < 0.5
+    assert list(direct_dir.iterdir()) == []
 
 
 @pytest.mark.needs("spdk")
