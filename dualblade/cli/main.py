@@ -26,9 +26,10 @@ COMMANDS = {
     "bench": "Measure the engine on a target, or a decode step.",
     "volume": "Make a target ours, look at it, verify it, erase it.",
     "emulate": "An NVMe controller without a drive, through SPDK's own target.",
+    "hugepages": "Show hugepages by NUMA node, reserve, give back.",
     "doctor": "Check this machine; each failure with the command that mends it.",
 }
-NOT_HERE = frozenset({"bind", "unbind", "status", "hugepages"})
+NOT_HERE = frozenset({"bind", "unbind", "status"})
 EXAMPLE = f"""\b
 Example:
   {PROGRAM} run --model tiny --prompt "Once upon a time" --mem-budget 1G"""
