@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dualblade.errors import ConfigError, UsageError
-from dualblade.host.files import put_text, remove
+from dualblade.host.journal import FOLDER
 from dualblade.host.meminfo import node_available
 from dualblade.host.sysfs import Host
 from dualblade.units import GIB, KIB, MIB, format_size
 
 PAGE = 2 * MIB  # the size SPDK's memory is made of here
-RECORD = "/run/dualblade-spdk/hugepages.json"
+RECORD = f"{FOLDER}/hugepages.json"
 _NODES = "/sys/devices/system/node"
 _MACHINE = "/sys/kernel/mm/hugepages"
 _ATTEMPTS = 4
@@ -79,7 +79,7 @@ class Change:
 
 def nodes(host: Host) -> list[int]:
     """NUMA nodes with memory, or none where the kernel does not tell."""
-    names = _listdir(host, _NODES)
+    names = host.names(_NODES)
     found = [int(name[4:]) for name in names if re.fullmatch(r"node\d+", name)]
     return sorted(node for node in found if host.exists(f"{_NODES}/node{node}/hugepages"))
 
@@ -112,7 +112,7 @@ def _folder(node: int | None, page: int) -> str:
 
 def _page_sizes(host: Host, node: int | None) -> list[int]:
     base = _MACHINE if node is None else f"{_NODES}/node{node}/hugepages"
-    found = [re.fullmatch(r"hugepages-(\d+)kB", name) for name in _listdir(host, base)]
+    found = [re.fullmatch(r"hugepages-(\d+)kB", name) for name in host.names(base)]
     sizes = sorted(int(match[1]) * KIB for match in found if match)
     return [size for size in sizes if size in (PAGE, GIB)]
 
@@ -137,8 +137,7 @@ def reserve(host: Host, nbytes: int, node: int | None, added: dict[int | None, A
     added: what was put into the pools before; with what comes now it is written down.
 
     What the kernel grants is kept, also where it is less. Raises ConfigError where memory is too short
-    to be asked for, or the pool cannot be written, PermissionError where root is needed, and UsageError
-    for a node that is not there.
+    to be asked for, UsageError for a node that is not there, and OSError where the pool cannot be written.
     """
     seen = pools_of(host, node)
     wanted = -(-nbytes // PAGE)
@@ -165,7 +164,7 @@ def _grow(host: Host, seen: list[Pool], wanted: int, node: int | None) -> None:
     file = f"{_folder(node, PAGE)}/nr_hugepages"
     had = _kept(seen)
     for _ in range(_ATTEMPTS):
-        _write(host, file, wanted)
+        host.write_text(file, f"{wanted}\n")
         has = _kept(pools_of(host, node))
         if has >= wanted or has <= had:
             return
@@ -185,18 +184,6 @@ def _check_memory(host: Host, nbytes: int, node: int | None) -> None:
         )
 
 
-def _write(host: Host, file: str, pages: int) -> None:
-    try:
-        host.write_text(file, f"{pages}\n")
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise ConfigError(
-            f"{file} cannot be written: {error.strerror}",
-            "in a container the pool is the host's: reserve hugepages there",
-        ) from error
-
-
 # give back ----------------------------------------------------------------------------------
 
 
@@ -204,14 +191,14 @@ def release(host: Host, added: dict[int | None, Added]) -> Change:
     """Take what was `added` out of each pool again; None is all nodes together. Pages in use go when
     they are freed, so more than `wanted` may be left.
 
-    Raises ConfigError where a pool cannot be written, PermissionError where root is needed.
+    Raises OSError where a pool cannot be written.
     """
     before, given = _total(pools_of(host, None)), 0
     for node in sorted(added, key=lambda node: (node is None, node)):
         kept = _kept(pools_of(host, node))
         left = added[node].left_of(kept)
         if left < kept:
-            _write(host, f"{_folder(node, PAGE)}/nr_hugepages", left)
+            host.write_text(f"{_folder(node, PAGE)}/nr_hugepages", f"{left}\n")
             given += kept - left
     return Change(before * PAGE, _total(pools_of(host, None)) * PAGE, (before - given) * PAGE)
 
@@ -233,8 +220,8 @@ def recorded(host: Host) -> dict[int | None, Added] | None:
 
 
 def forget(host: Host) -> None:
-    """Raises ConfigError, PermissionError."""
-    remove(host, RECORD)
+    """Raises OSError."""
+    host.remove(RECORD)
 
 
 def _with(added: dict[int | None, Added], before: list[Pool], after: list[Pool]) -> dict[int | None, Added]:
@@ -247,13 +234,6 @@ def _with(added: dict[int | None, Added], before: list[Pool], after: list[Pool])
 
 
 def _record(host: Host, added: dict[int | None, Added]) -> None:
-    """Raises ConfigError, PermissionError."""
+    """Raises OSError."""
     items = [{"node": node, "before": one.before, "pages": one.pages} for node, one in added.items()]
-    put_text(host, RECORD, json.dumps({"added": items}) + "\n")
-
-
-def _listdir(host: Host, path: str) -> list[str]:
-    try:
-        return host.listdir(path)
-    except OSError:
-        return []
+    host.save(RECORD, json.dumps({"added": items}) + "\n")

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 
 from dualblade.errors import ConfigError
-from dualblade.host.files import put_text, remove
 from dualblade.host.hugepages import PAGE, Added, recorded
 from dualblade.host.meminfo import machine_memory
 from dualblade.host.sysfs import Host
@@ -51,7 +50,7 @@ class Persisted:
 
 def persisted(host: Host) -> list[Persisted]:
     """What our files say; a line that was changed by hand in another form is not seen."""
-    return [_entry(match) for path in (SYSCTL, TMPFILES) for match in _ENTRY.finditer(_read(host, path))]
+    return [_entry(match) for path in (SYSCTL, TMPFILES) for match in _ENTRY.finditer(host.attribute(path))]
 
 
 def _entry(match: re.Match[str]) -> Persisted:
@@ -86,28 +85,28 @@ def _others(host: Host) -> list[tuple[str, int]]:
     """Files of other hands that set the pool at boot."""
     paths = ["/etc/sysctl.conf"]
     for folder in _SYSCTL_FOLDERS:
-        try:
-            paths += [f"{folder}/{name}" for name in host.listdir(folder) if name.endswith(".conf")]
-        except OSError:
-            continue
-    found = [(path, _SYSCTL_LINE.findall(_read(host, path))) for path in paths if path != SYSCTL]
+        paths += [f"{folder}/{name}" for name in host.names(folder) if name.endswith(".conf")]
+    found = [(path, _SYSCTL_LINE.findall(host.attribute(path))) for path in paths if path != SYSCTL]
     return [(path, int(numbers[-1])) for path, numbers in found if numbers]
 
 
 def persist(host: Host, node: int | None, pages: int, before: int) -> Persisted:
-    """From the next boot on the pool gets `pages`. Raises ConfigError."""
+    """From the next boot on the pool gets `pages`. Raises OSError."""
     known = {entry.node: entry for entry in persisted(host)}
     if node in known:
         before = known[node].before
     entry = Persisted(node, pages, before)
     entries = [one for one in (known | {node: entry}).values() if one.path == entry.path]
-    put_text(host, entry.path, "".join([_HEAD, *(one.text() for one in entries)]))
+    host.save(entry.path, "".join([_HEAD, *(one.text() for one in entries)]))
     return entry
 
 
 def unpersist(host: Host) -> list[str]:
-    """The files that were there. Raises ConfigError."""
-    return [path for path in (SYSCTL, TMPFILES) if remove(host, path)]
+    """The files that were there. Raises OSError."""
+    found = [path for path in (SYSCTL, TMPFILES) if host.exists(path)]
+    for path in found:
+        host.remove(path)
+    return found
 
 
 def ours(host: Host) -> dict[int | None, Added]:
@@ -117,10 +116,3 @@ def ours(host: Host) -> dict[int | None, Added]:
     if added is not None:
         return added
     return {entry.node: Added(entry.before, max(0, entry.pages - entry.before)) for entry in persisted(host)}
-
-
-def _read(host: Host, path: str) -> str:
-    try:
-        return host.read_text(path)
-    except OSError:
-        return ""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 from typing import Any
 
@@ -50,8 +51,17 @@ def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
         return 0
     try:
         return _release(args, host) if args.release else _reserve(args, host)
-    except PermissionError as error:
-        raise ConfigError(f"{error.filename} cannot be written by this user", _again(args)) from error
+    except OSError as error:
+        raise _refused(error, args) from error
+
+
+def _refused(error: OSError, args: argparse.Namespace) -> ConfigError:
+    hint = None
+    if isinstance(error, PermissionError):
+        hint = _again(args)
+    elif error.errno == errno.EROFS:
+        hint = "in a container the pool is the host's: reserve hugepages there"
+    return ConfigError(f"{error.filename} cannot be written: {error.strerror}", hint)
 
 
 def _again(args: argparse.Namespace) -> str:

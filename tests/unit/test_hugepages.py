@@ -367,9 +367,10 @@ def test_who_is_not_root_gets_the_whole_command(
     monkeypatch.setattr(Machine, "write_text", refuse)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert call(machine, "--reserve", "1G", "--node", "0") == 1
-    hint = capsys.readouterr().err.splitlines()[-1]
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.endswith("nr_hugepages cannot be written: Permission denied")
     assert hint.startswith("hint: sudo ")
-    assert hint.endswith(f"{sys.executable} -m dualblade.host hugepages --reserve 1G --node 0")
+    assert hint.endswith(f"{sys.executable} -P -m dualblade.host hugepages --reserve 1G --node 0")
 
 
 def test_a_read_only_sysfs(
