@@ -82,6 +82,14 @@ def entry_of(bdf: str, host: Host) -> Entry | None:
     return next((entry for entry in entries(host) if entry.bdf == bdf), None)
 
 
+def entry_named(host: Host, name: str) -> Entry | None:
+    """By the drive's serial number, or by a name that it had below /dev and that is no other's now."""
+    for entry in entries(host):
+        if name == entry.serial or (name in entry.nodes and not host.exists(name)):
+            return entry
+    return None
+
+
 def boot_id(host: Host) -> str:
     return host.attribute("/proc/sys/kernel/random/boot_id")
 

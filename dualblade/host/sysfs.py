@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +104,21 @@ class Host:
         finally:
             os.close(fd)
 
+    def write_within(self, path: str, text: str, seconds: float) -> bool:
+        """write_text() to an attribute that may block without end, in a process of its own. False
+        where it has not returned by then: the kernel goes on with it, and this process need not."""
+        child = os.fork()
+        if not child:
+            os._exit(_exit_status(lambda: self.write_text(path, text)))
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                _raise_status(os.waitstatus_to_exitcode(status), path)
+                return True
+            time.sleep(0.002)
+        return False
+
     def save(self, path: str, text: str) -> None:
         """A file of ours: the old or the new text, durably, however this ends."""
         target = self.path(path)
@@ -138,6 +155,23 @@ class Host:
             command, capture_output=True, text=True, errors="replace", timeout=seconds,
             env={"LC_ALL": "C", "PATH": TOOLS_PATH}, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
+
+
+def _exit_status(work: Callable[[], None]) -> int:
+    """0, or the errno, which every kernel keeps below 256 in what it shows to users."""
+    try:
+        work()
+    except OSError as error:
+        return error.errno or errno.EIO
+    except BaseException:
+        return errno.EIO
+    return 0
+
+
+def _raise_status(status: int, path: str) -> None:
+    if status:
+        number = status if status > 0 else errno.EINTR  # a signal has ended the child
+        raise OSError(number, os.strerror(number), path)
 
 
 def _sync_folder(folder: Path) -> None:
