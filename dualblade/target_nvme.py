@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from dataclasses import dataclass
 
 from dualblade.config import nvme_secrets
 from dualblade.errors import BudgetError, TargetError
 from dualblade.extents import LBA
+from dualblade.host.command import as_root, host_command
+from dualblade.host.journal import DEVICES, USERSPACE_DRIVERS, driver_of
 from dualblade.host.meminfo import machine_memory
 from dualblade.host.sysfs import Host
 from dualblade.metadata import Medium
@@ -20,6 +23,7 @@ from spdk_glue import (
     NvmeOptions,
     Queue,
     QueueOptions,
+    engines,
     environment,
     start_environment,
 )
@@ -67,6 +71,32 @@ def nvme_options(nsid: int, hostnqn: str | None, timeout: float) -> NvmeOptions:
         nsid, timeout / 4, max(0.5, timeout / 15), hostnqn=hostnqn, dhchap_key=secrets.get("dhchap_key"),
         dhchap_ctrlr_key=secrets.get("dhchap_ctrlr_key"), tls_psk=secrets.get("tls_psk"),
     )  # fmt: skip
+
+
+def check_pci(name: str, bdf: str, host: Host = Host()) -> None:  # noqa: B008
+    """Is the drive there, with a userspace driver, open to this user, and SPDK in this build? Before SPDK
+    is started, which would not say. Raises TargetError."""
+    if not host.exists(f"{DEVICES}/{bdf}"):
+        raise TargetError(f"{name}: there is no PCI device {bdf}", "lspci -D shows those there are")
+    driver = driver_of(bdf, host)
+    if driver not in USERSPACE_DRIVERS:
+        has = f"belongs to the kernel's driver {driver}" if driver else "has no driver"
+        raise TargetError(f"{name} {has}, and SPDK needs it bound to vfio-pci", host_command("bind", bdf))
+    if "spdk" not in engines():
+        raise TargetError(
+            f"{name} is bound to {driver}, and this build has no SPDK to drive it",
+            f"to give it back to the kernel: {host_command('unbind', bdf)}",
+        )
+    _check_permission(name, bdf, host)
+
+
+def _check_permission(name: str, bdf: str, host: Host) -> None:
+    group = host.link_name(f"{DEVICES}/{bdf}/iommu_group")
+    node = f"/dev/vfio/{group}"
+    if group and host.exists(node) and not os.access(host.path(node), os.R_OK | os.W_OK):
+        raise TargetError(
+            f"{name}: this user may not open {node}", as_root(["chown", str(os.geteuid()), node])
+        )
 
 
 def open_nvme(
@@ -141,5 +171,5 @@ def _hint(transport_id: str) -> str:
     if "vfiouser" in kind:
         return "is the target running, and does no other process use it? `dualblade-spdk emulate` starts one"
     if "pcie" in kind:
-        return "is the drive bound to vfio-pci?"
+        return "has another process the drive? dualblade-spdk doctor looks at IOMMU, memlock and hugepages"
     return "is the target listening there, and does it allow this host?"
