@@ -12,6 +12,7 @@ from dualblade.config import nvme_secrets
 from dualblade.errors import BudgetError, TargetError
 from dualblade.extents import LBA
 from dualblade.host.command import as_root, host_command
+from dualblade.host.eligible import UIO
 from dualblade.host.journal import DEVICES, USERSPACE_DRIVERS, driver_of
 from dualblade.host.meminfo import machine_memory
 from dualblade.host.sysfs import Host
@@ -133,7 +134,7 @@ def _claim(name: str, transport_id: str, nsid: int) -> socket.socket:
 def _connect(name: str, transport_id: str, nvme: NvmeOptions, options: QueueOptions, memory: int) -> Queue:
     pci = transport_id.lower().startswith("trtype:pcie")
     try:
-        _start(memory, pci)
+        _start(memory, transport_id.rpartition("traddr:")[2] if pci else None)
         return Queue.nvme(transport_id, options, nvme)
     except NotBuiltError as error:
         raise TargetError(
@@ -145,8 +146,8 @@ def _connect(name: str, transport_id: str, nvme: NvmeOptions, options: QueueOpti
         raise TargetError(f"{name}: {error.strerror}", _hint(transport_id)) from error
 
 
-def _start(memory: int, pci: bool) -> None:
-    """All memory is reserved at once, for a vfio-user controller maps 16 regions at most. Ordinary
+def _start(memory: int, bdf: str | None) -> None:
+    """bdf: of the drive on PCI. All memory is reserved at once, for a vfio-user controller maps 16 regions at most. Ordinary
     memory is taken only as it is touched, so there is no harm in a reserve."""
     running = environment()
     wanted = round_up(memory + METADATA_BYTES, 2 * MIB) + ENVIRONMENT_BYTES
@@ -154,15 +155,28 @@ def _start(memory: int, pci: bool) -> None:
         machine = machine_memory(Host())
         usable = (machine.hugepages_free - machine.hugepages_reserved) * machine.hugepage_bytes
         hugepages = machine.hugepage_bytes == 2 * MIB and usable >= wanted
-        start_environment(wanted if hugepages else max(2 * wanted, 512 * MIB), hugepages, pci)
+        if bdf and not hugepages:
+            _check_translated(bdf, wanted, machine.hugepages_total * machine.hugepage_bytes - usable)
+        start_environment(wanted if hugepages else max(2 * wanted, 512 * MIB), hugepages, bdf is not None)
         return
-    if pci and not running.pci:
+    if bdf and not running.pci:
         raise TargetError("SPDK was started in this process without PCI devices", "use a new process")
     if wanted > running.nbytes:
         raise BudgetError(
             f"SPDK was started in this process with {format_size(running.nbytes)} of memory, "
             f"and {format_size(wanted)} are needed",
             "open the larger cache first, or use a new process",
+        )
+
+
+def _check_translated(bdf: str, wanted: int, used: int) -> None:
+    """Ordinary memory is scattered, and without an IOMMU the drive cannot be told where. used: bytes of
+    hugepages that others have. Raises TargetError."""
+    if driver_of(bdf, Host()) == UIO:
+        raise TargetError(
+            f"{bdf} is bound to {UIO}, without an IOMMU: SPDK needs {format_size(wanted)} in free hugepages "
+            "of 2 MiB",
+            host_command("hugepages", "--reserve", f"{round_up(used + wanted, MIB) // MIB}M"),
         )
 
 

@@ -14,6 +14,7 @@ from dualblade.cli.main import main
 from dualblade.errors import TargetError
 from dualblade.host.command import host_command
 from dualblade.host.journal import BOUND, DEVICES, Entry
+from dualblade.host.meminfo import MachineMemory
 from dualblade.host.sysfs import Host
 from dualblade.ownership import scan_edges
 from dualblade.target_nvme import check_pci
@@ -134,6 +135,22 @@ def test_a_group_that_this_user_may_not_open(
     error = refused(host)
     assert error.message.endswith("this user may not open /dev/vfio/7")
     assert str(error.hint).endswith("chown 1000 /dev/vfio/7")
+
+
+def test_without_an_iommu_hugepages_are_a_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(target_nvme, "environment", lambda: None)
+    monkeypatch.setattr(target_nvme, "start_environment", lambda *words: started.append(words[1]))
+    memory = MachineMemory(16 * GIB, 8 * GIB, 100, 40, 0, 0, 2 * MIB)
+    monkeypatch.setattr(target_nvme, "machine_memory", lambda host: memory)
+    for driver, ways in (("uio_pci_generic", 0), ("vfio-pci", 1)):
+        monkeypatch.setattr(target_nvme, "driver_of", lambda bdf, host, driver=driver: driver)
+        try:
+            target_nvme._start(128 * MIB, BDF)
+        except TargetError as error:
+            assert driver == "uio_pci_generic"
+            assert error.hint == host_command("hugepages", "--reserve", f"{60 * 2 + 128 + 16 + 64}M")
+        assert started == [False] * ways
 
 
 @pytest.mark.parametrize("words", [["volume", "show"], ["volume", "create"], ["volume", "wipe"]])
