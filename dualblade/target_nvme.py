@@ -147,8 +147,8 @@ def _connect(name: str, transport_id: str, nvme: NvmeOptions, options: QueueOpti
 
 
 def _start(memory: int, bdf: str | None) -> None:
-    """bdf: of the drive on PCI. All memory is reserved at once, for a vfio-user controller maps 16 regions at most. Ordinary
-    memory is taken only as it is touched, so there is no harm in a reserve."""
+    """bdf: of a drive on PCI. All memory is reserved at once, for a vfio-user controller maps 16 regions at
+    most. Ordinary memory is taken only as it is touched, so there is no harm in a reserve."""
     running = environment()
     wanted = round_up(memory + METADATA_BYTES, 2 * MIB) + ENVIRONMENT_BYTES
     if running is None:

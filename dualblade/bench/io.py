@@ -23,7 +23,7 @@ from dualblade.integrity import Checksums
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.store import KVStore
 from dualblade.target_files import check_room, make_cache_dir
-from dualblade.targets import open_target, open_volume
+from dualblade.targets import TargetKind, find_target, open_target, open_volume
 from dualblade.tensors import TensorKey
 from dualblade.units import GIB, MIB
 from spdk_glue import PAGE, READ, WRITE, Queue, QueueOptions, Region, plain
@@ -138,12 +138,12 @@ def _ground(bench: IoBench, say: Callable[[str], None]) -> Iterator[Ground]:
         with random_file(bench.folder, bench.size, say) as (path, fd):
             yield Ground(path, fd)
         return
+    target = find_target(bench.nvme)
+    if target.kind not in (TargetKind.FILE, TargetKind.BLOCK):
+        raise UsageError(f"{bench.nvme!r} is no drive to measure", "name a block device, or leave --nvme out")
     make_cache_dir(bench.folder)
-    with open_target(bench.nvme, capacity=None, cache_dir=bench.folder, create=False) as opened:
-        if opened.path is None:
-            raise UsageError(
-                f"{bench.nvme!r} is no drive to measure", "name a block device, or leave --nvme out"
-            )
+    with open_target(target, capacity=None, cache_dir=bench.folder, create=False) as opened:
+        assert opened.path is not None
         volume = open_volume(opened)
         extent = volume.allocate(TensorKey(0, "K"), bench.size)
         say(f"writing {bench.size // MIB} MiB of random bytes to an extent of {opened.name}")
