@@ -155,7 +155,7 @@ def test_without_an_iommu_hugepages_are_a_must(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("words", [["volume", "show"], ["volume", "create"], ["volume", "wipe"]])
 def test_commands_look_for_the_drive(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+    with_spdk: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     monkeypatch.setattr(targets, "bound_namespace", lambda node, host: ("0000:ff:1f.7", 1))
     assert main([*words, "/dev/nvme77n1"]) == 1
