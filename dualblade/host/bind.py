@@ -214,14 +214,14 @@ def _carry_out(
 
     def done(name: str) -> None:
         nonlocal now
-        now = now.after(name, host)
+        now = now.after(name, host) if name != steps[-1].name else now.in_state(journal.BOUND, host)
 
     def undo() -> None:
         let_go()
         _undo(host, entry)
 
     carry_out(steps, done, undo)
-    return now.in_state(journal.BOUND, host)
+    return now
 
 
 def _undo(host: Host, entry: journal.Entry) -> None:
