@@ -214,7 +214,9 @@ def _carry_out(
 
     def done(name: str) -> None:
         nonlocal now
-        now = now.after(name, host) if name != steps[-1].name else now.in_state(journal.BOUND, host)
+        now = now.after(name, host)
+        if name == steps[-1].name:
+            now = now.in_state(journal.BOUND, host)
 
     def undo() -> None:
         let_go()
