@@ -51,12 +51,14 @@ class Drive:
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What bind is to do. owner: (name, user id) that may use the drive afterwards; None: root alone.
-    erase: the serial of a drive whose unknown data is not needed. by: who asks."""
+    erase: the serial of a drive whose unknown data is not needed. by: who asks. then: addresses of drives
+    in the same IOMMU group that are bound next, and so are no reason against this one."""
 
     driver: str = VFIO
     owner: tuple[str, int] | None = None
     erase: str | None = None
     by: str = "root"
+    then: frozenset[str] = frozenset()
 
 
 class RefusedError(BindError):
@@ -97,7 +99,7 @@ def find_drive(host: Host, device: str) -> Drive:
 def refusals(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
     """All that speaks against it, the weightiest first. Reads alone."""
     return [
-        *unfit(host, drive.device, drive.controller, wish.driver),
+        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
         *uses(host, drive.controller),
         *_claimed(host, drive.controller),
         *data_on(host, drive.controller, wish.erase),
@@ -191,7 +193,9 @@ def bind(host: Host, drive: Drive, wish: Wish) -> journal.Entry:
         entry = _entry(host, drive, wish)
         steps = plan(host, drive, wish, claimed.close)
         if steps[0].name == "load":
-            steps.pop(0).apply()
+            load = steps.pop(0)
+            load.apply()
+            load.verify()
         entry.save(host)
         return _carry_out(host, steps, entry, claimed.close)
 
@@ -201,7 +205,7 @@ def refusals_again(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
     if find_drive(host, drive.bdf) != drive:
         return [Refusal("changed", "it has changed since it was looked at", "look again with --dry-run")]
     return [
-        *unfit(host, drive.device, drive.controller, wish.driver),
+        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
         *uses(host, drive.controller),
         *data_on(host, drive.controller, wish.erase),
     ]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dualblade.host.command import as_root
+from dualblade.host.command import as_root, host_command
 from dualblade.host.inuse import Refusal
 from dualblade.host.nvme import Controller, controllers
 from dualblade.host.pci import PciDevice, obstacles_in_group
@@ -16,14 +16,16 @@ _NO_IOMMU = (
 )
 
 
-def unfit(host: Host, device: PciDevice, controller: Controller, driver: str) -> list[Refusal]:
-    """What of the hardware speaks against `driver`, the weightiest first."""
+def unfit(
+    host: Host, device: PciDevice, controller: Controller, driver: str, then: frozenset[str] = frozenset()
+) -> list[Refusal]:
+    """What of the hardware speaks against `driver`, the weightiest first. then: drives that follow."""
     return [
         *_shared(host, controller),
         *_virtual(device),
         *_vmd(device),
         *_state(controller),
-        *(_iommu(host, device) if driver == VFIO else []),
+        *(_iommu(host, device, then) if driver == VFIO else []),
     ]
 
 
@@ -99,10 +101,10 @@ def _state(controller: Controller) -> list[Refusal]:
     return []
 
 
-def _iommu(host: Host, device: PciDevice) -> list[Refusal]:
+def _iommu(host: Host, device: PciDevice, then: frozenset[str]) -> list[Refusal]:
     if device.group is None:
         return [Refusal("no-iommu", "this machine has no IOMMU switched on, which vfio-pci needs", _NO_IOMMU)]
-    others = obstacles_in_group(host, device)
+    others = [other for other in obstacles_in_group(host, device) if other.bdf not in then]
     if not others:
         return []
     names = ", ".join(f"{other.bdf} (class {other.pci_class}, {other.driver})" for other in others)
@@ -110,6 +112,15 @@ def _iommu(host: Host, device: PciDevice) -> list[Refusal]:
         Refusal(
             "iommu-group",
             f"it shares IOMMU group {device.group} with {names}: only all of them together can be handed out",
-            "move the drive to another slot, or give the others to vfio-pci first",
+            _apart(device, others, then),
         )
     ]
+
+
+def _apart(device: PciDevice, others: list[PciDevice], then: frozenset[str]) -> str:
+    """A group of drives can be bound one after the other; nothing else is ours to take."""
+    if not all(other.is_nvme for other in others):
+        return "move the drive to another slot"
+    more = [word for bdf in sorted({*then, *(other.bdf for other in others)}) for word in ("--then", bdf)]
+    first = host_command("bind", device.bdf, *more)
+    return f"move the drive to another slot, or bind them one after the other: {first}"

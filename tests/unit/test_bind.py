@@ -490,6 +490,25 @@ def test_harmless_neighbours_in_the_group(machine: Machine, run: Any, harmless: 
     assert run(*BIND)[0] == 0
 
 
+def test_the_drives_of_a_group_one_after_the_other(machine: Machine, run: Any) -> None:
+    other = "0000:02:00.0"
+    neighbour(machine)
+    hint = run(*BIND)[2].splitlines()[1]
+    assert hint.endswith(host_command("bind", BDF, "--then", other))
+    code, out, _ = run(*BIND, "--then", "/dev/nvme1n1")
+    assert code == 0
+    assert f"of no use until the rest of its group is bound: {host_command('bind', other)}" in out
+    assert run("bind", other, "--serial", "OTHER")[0] == 0
+    assert (driver_of(machine), driver_of(machine, other)) == ("vfio-pci", "vfio-pci")
+
+
+def test_other_devices_of_a_group_are_nobodys_to_take(machine: Machine, run: Any) -> None:
+    machine.add(FakeDrive("0000:02:00.0", "OTHER"))
+    machine.put(f"{DEVICES}/0000:02:00.0/class", "0x020000\n")
+    hint = run(*BIND)[2].splitlines()[1]
+    assert hint == "hint: move the drive to another slot"
+
+
 @pytest.mark.parametrize("copy", [0, 1])
 def test_a_volume_of_ours_is_taken(machine: Machine, run: Any, copy: int) -> None:
     write(machine, copy * 64 * KIB, superblock(copy))
@@ -572,12 +591,19 @@ def test_the_group_becomes_the_users(machine: Machine, run: Any, monkeypatch: py
     assert drive["usable_by"] == ["root", "daemon"]
 
 
-def test_a_user_can_be_named_later(machine: Machine, run: Any) -> None:
-    assert run(*BIND)[0] == 0
-    code, out, _ = run("bind", NODE, "--user", "daemon")
+def test_a_user_can_be_named_later(machine: Machine, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUDO_USER", "daemon")
+    again = host_command("bind", BDF, "--user", "daemon")
+    assert f"root alone may use it; for daemon, too: {again}" in run(*BIND)[1]
+    code, out, _ = run("bind", BDF, "--user", "daemon")
     assert code == 0
     assert "is bound already" in out
+    assert "root alone" not in out
     assert machine.owners == {GROUP: 1}
+
+
+def test_uio_is_roots_alone(machine: Machine, run: Any) -> None:
+    assert run(*BIND, "--driver", "uio_pci_generic", "--user", "daemon")[0] == 2
 
 
 def test_binding_twice(machine: Machine, run: Any) -> None:
