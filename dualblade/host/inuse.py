@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dualblade.host.command import as_root
 from dualblade.host.nvme import Controller
-from dualblade.host.processes import Holder, holders_of_nodes, pids
+from dualblade.host.processes import Holder, holders_of_nodes, pids, printable
 from dualblade.host.sysfs import Host
 
 _BLOCK = "/sys/class/block"
@@ -73,7 +73,7 @@ def _mounts(host: Host, pid: str) -> Iterator[Mount]:
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
         if len(fields) > 4 and len(kind) > 1:
-            yield Mount(fields[2], _unescape(kind[1]), _unescape(fields[4]), pid)
+            yield Mount(fields[2], _unescape(kind[1]), printable(_unescape(fields[4])), pid)
 
 
 def _unescape(field: str) -> str:

@@ -718,7 +718,11 @@ def test_a_signal_in_the_midst_is_undone(machine: Machine, run: Any, number: sig
 
 
 def bind_in_child(machine: Machine, kill_at: int) -> int:
-    """Exit code of a bind that is killed at the nth write."""
+    return in_child(machine, kill_at, [*BIND, "--user", "daemon"])
+
+
+def in_child(machine: Machine, kill_at: int, words: list[str]) -> int:
+    """Exit code of a command that is killed at the nth write."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -732,7 +736,7 @@ def bind_in_child(machine: Machine, kill_at: int) -> int:
 
     machine.faults.tick = tick
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os._exit(tool.main([*BIND, "--user", "daemon"], machine))
+    os._exit(tool.main(words, machine))
 
 
 def test_a_kill_at_any_step_is_told_and_mended(machine: Machine, run: Any) -> None:
@@ -752,6 +756,22 @@ def test_a_kill_at_any_step_is_told_and_mended(machine: Machine, run: Any) -> No
         assert json.loads(run("status", "--json")[1])["leftovers"] == []
     assert told.count(["binding"]) > 12
     assert driver_of(machine) == "vfio-pci"
+
+
+def test_a_kill_at_any_step_of_unbind_is_told_and_mended(machine: Machine, run: Any) -> None:
+    machine.load("vfio-pci")
+    before = machine.snapshot()
+    for number in range(1, 100):
+        assert run(*BIND)[0] == 0
+        if in_child(machine, number, ["unbind", NODE]) == 0:
+            break
+        if machine.exists(ENTRY) and json.loads(machine.read_text(ENTRY))["state"] == "unbinding":
+            assert f"unbind of {BDF} was interrupted" in run("status")[1], number
+        code, _, err = run("unbind", BDF)
+        assert (code, err) == (0, ""), number
+        assert changed(before, machine) <= {f"run/dualblade-spdk/.{BDF}.json.new"}, number
+    assert number > 8
+    assert driver_of(machine) == "nvme"
 
 
 def test_bind_goes_on_after_a_kill_before_anything_was_changed(machine: Machine, run: Any) -> None:
@@ -779,6 +799,40 @@ def test_fifty_times_there_and_back(machine: Machine, run: Any) -> None:
         assert run(*BIND)[0] == 0
         assert run("unbind", NODE)[0] == 0
     assert changed(before, machine) == set()
+
+
+def test_a_name_that_is_no_text_stays_on_its_line(machine: Machine, run: Any) -> None:
+    machine.process(66, "a\x1b[31m\nb", opened=[NODE])
+    machine.put("/proc/1/mountinfo", "30 25 259:1 / /mnt/\\012\\033x rw - ext4 /dev/nvme0n1 rw\n")
+    assert "is mounted on /mnt/??x" in run(*BIND)[2]
+    assert "a?[31m?b (pid 66) has" in run("bind", NODE, "--dry-run")[1]
+
+
+def test_the_journal_is_for_all_to_read(machine: Machine, run: Any) -> None:
+    mask = os.umask(0o077)
+    try:
+        assert run(*BIND)[0] == 0
+    finally:
+        os.umask(mask)
+    assert machine.path(FOLDER).stat().st_mode & 0o777 == 0o755
+    assert machine.path(ENTRY).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_write_that_blocks_is_left_to_a_child(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    os.mkfifo(tmp_path / "unbind")
+    assert host.write_within("/unbind", BDF, 0.05) is False
+    with open(tmp_path / "unbind") as reader:  # somebody let go: the child goes on and ends
+        assert reader.read() == BDF
+    assert os.WEXITSTATUS(os.wait()[1]) == 0
+
+
+def test_a_write_within_time(tmp_path: Path) -> None:
+    (tmp_path / "unbind").touch()
+    assert Host(tmp_path).write_within("/unbind", BDF, 5) is True
+    assert (tmp_path / "unbind").read_text() == BDF
+    with pytest.raises(FileNotFoundError):
+        Host(tmp_path).write_within("/missing", BDF, 5)
 
 
 # unbind -------------------------------------------------------------------------------------
