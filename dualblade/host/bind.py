@@ -25,6 +25,7 @@ from dualblade.host.sysfs import Host
 
 KERNEL_DRIVER = "nvme"
 _NODE_SECONDS = 5.0
+_UDEV_SECONDS = 1.0
 
 
 def _nothing() -> None:
@@ -97,11 +98,12 @@ def find_drive(host: Host, device: str) -> Drive:
 
 
 def refusals(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
-    """All that speaks against it, the weightiest first. Reads alone."""
+    """All that speaks against it, the weightiest first: nobody shall switch an IOMMU on for a drive in use,
+    or wipe one that could not be had. Reads alone."""
     return [
-        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
         *uses(host, drive.controller),
         *_claimed(host, drive.controller),
+        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
         *data_on(host, drive.controller, wish.erase),
     ]
 
@@ -137,6 +139,7 @@ def _claim(host: Host, node: str) -> int:
     try:
         # to read: closing what was open to write would wake udev
         fd = host.open(node, os.O_RDONLY | os.O_EXCL)
+        drivers.wait_until(lambda: _locked(fd), _UDEV_SECONDS)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if fd >= 0:
@@ -146,6 +149,15 @@ def _claim(host: Host, node: str) -> int:
             f"who it is: {as_root(['lsblk', '--fs', node])}; {as_root(['lsof', node])}; zpool status",
         ) from error
     return fd
+
+
+def _locked(fd: int) -> bool:
+    """udev has a lock while it looks at a drive that has just come up, or was just written to."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # do ---------------------------------------------------------------------------------------------
@@ -205,8 +217,8 @@ def refusals_again(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
     if find_drive(host, drive.bdf) != drive:
         return [Refusal("changed", "it has changed since it was looked at", "look again with --dry-run")]
     return [
-        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
         *uses(host, drive.controller),
+        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
         *data_on(host, drive.controller, wish.erase),
     ]
 

@@ -10,10 +10,6 @@ from dualblade.host.pci import PciDevice, obstacles_in_group
 from dualblade.host.sysfs import Host
 
 VFIO, UIO = "vfio-pci", "uio_pci_generic"
-_NO_IOMMU = (
-    "switch it on in the firmware (VT-d, AMD-Vi) and boot with intel_iommu=on on Intel, then bind again; "
-    "or, if everything that runs as root here may be trusted, add --driver uio_pci_generic"
-)
 
 
 def unfit(
@@ -103,7 +99,11 @@ def _state(controller: Controller) -> list[Refusal]:
 
 def _iommu(host: Host, device: PciDevice, then: frozenset[str]) -> list[Refusal]:
     if device.group is None:
-        return [Refusal("no-iommu", "this machine has no IOMMU switched on, which vfio-pci needs", _NO_IOMMU)]
+        return [
+            Refusal(
+                "no-iommu", "this machine has no IOMMU switched on, which vfio-pci needs", _no_iommu(device)
+            )
+        ]
     others = [other for other in obstacles_in_group(host, device) if other.bdf not in then]
     if not others:
         return []
@@ -115,6 +115,14 @@ def _iommu(host: Host, device: PciDevice, then: frozenset[str]) -> list[Refusal]
             _apart(device, others, then),
         )
     ]
+
+
+def _no_iommu(device: PciDevice) -> str:
+    uio = host_command("bind", device.bdf, "--driver", UIO)
+    return (
+        "switch it on in the firmware (VT-d, AMD-Vi), boot with intel_iommu=on on Intel, and bind again; or, "
+        f"where all that runs as root may be trusted: {uio}"
+    )
 
 
 def _apart(device: PciDevice, others: list[PciDevice], then: frozenset[str]) -> str:

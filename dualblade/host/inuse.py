@@ -7,6 +7,7 @@ Each finding says why, and what the user can do about it. Nothing here writes.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from dualblade.host.processes import Holder, holders_of_nodes, pids, printable
 from dualblade.host.sysfs import Host
 
 _BLOCK = "/sys/class/block"
+# udev looks at a drive that has just come up, or was just written to, and is soon done
+_UDEV = frozenset({"systemd-udevd", "(udev-worker)", "udevd"})
+_UDEV_SECONDS = 2.0
 _SYSTEM = re.compile(r"/|/(boot|usr|var|home|etc|nix)(/.*)?")
 _SYSTEM_REMEDY = "take another drive; without one, `run` uses a file, and needs no bind"
 
@@ -218,7 +222,11 @@ def _wipe(node: str) -> str:
 def _opened(host: Host, controller: Controller, devs: dict[str, str]) -> list[Refusal]:
     nodes = set(controller.nodes())
     numbers = {f"b{dev}" for dev in devs} | {host.device_number(node) or "" for node in nodes} - {""}
+    deadline = time.monotonic() + _UDEV_SECONDS
     found = holders_of_nodes(host, nodes, numbers)
+    while any(holder.name in _UDEV for holder in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        found = holders_of_nodes(host, nodes, numbers)
     return [Refusal("open", _who(holder), f"end it, or wait for it: {_show(holder)}") for holder in found]
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import subprocess
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -269,6 +271,39 @@ def test_other_devices_of_a_group_are_nobodys_to_take(machine: Machine, run: Any
     machine.put(f"{DEVICES}/0000:02:00.0/class", "0x020000\n")
     hint = run(*BIND)[2].splitlines()[1]
     assert hint == "hint: move the drive to another slot"
+
+
+def test_udev_is_waited_for(machine: Machine, run: Any) -> None:
+    machine.process(99, "(udev-worker)", opened=[NODE])
+    done = threading.Timer(0.2, machine.path("/proc/99/fd/0").unlink)
+    done.start()
+    assert run(*BIND)[0] == 0
+    done.join()
+
+
+def test_a_lock_of_udevs_is_waited_for(machine: Machine, run: Any) -> None:
+    with open(machine.path(NODE)) as node:
+        fcntl.flock(node, fcntl.LOCK_SH)
+        done = threading.Timer(0.2, fcntl.flock, (node, fcntl.LOCK_UN))
+        done.start()
+        assert run(*BIND)[0] == 0
+        done.join()
+
+
+def test_a_lock_that_stays_is_told(machine: Machine, run: Any) -> None:
+    with open(machine.path(NODE)) as node:
+        fcntl.flock(node, fcntl.LOCK_EX)
+        code, _, err = run(*BIND)
+    assert code == 1
+    assert "cannot be had alone" in err
+
+
+def test_a_drive_in_use_is_told_before_what_the_machine_lacks(machine: Machine, run: Any) -> None:
+    mounted(machine)
+    no_iommu(machine)
+    filesystem(machine)
+    record = json.loads(run("bind", NODE, "--dry-run", "--json")[1])
+    assert [refusal["kind"] for refusal in record["refusals"]] == ["mounted", "no-iommu", "signature"]
 
 
 @pytest.mark.parametrize("copy", [0, 1])
