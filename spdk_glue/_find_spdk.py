@@ -8,8 +8,10 @@ constructors that nothing refers to, so whole archives are linked, and shared li
 
 from __future__ import annotations
 
+import atexit
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ _DPDK = (
     "eal", "kvargs", "log", "telemetry", "argparse", "mempool_ring", "mempool", "ring", "bus_pci", "pci",
 )  # fmt: skip
 _TARGET_ONLY = ("-lvfio-user",)
+_UNUSED = {"libspdk_nvme.a": "nvme_cuse.o"}  # character devices by libfuse3, which machines need not have
 _PROBE = """
 #include <rte_eal.h>
 #include <spdk/env.h>
@@ -107,12 +110,26 @@ def _static(folders: list[Path], system: list[str]) -> list[str] | None:
     dpdk = _find([f"librte_{name}.a" for name in _DPDK], folders)
     if "libspdk_nvme.a" not in spdk or "librte_eal.a" not in dpdk:
         return None
-    whole = [str(path) for path in (*spdk.values(), *dpdk.values())]
+    whole = [_trimmed(path) for path in (*spdk.values(), *dpdk.values())]
     archives, libraries = _system(folders, system)
     return [
         "-Wl,--whole-archive", *whole, "-Wl,--no-whole-archive", *archives,
         "-Wl,--as-needed", *libraries, "-Wl,-Bsymbolic", "-Wl,--exclude-libs,ALL",
     ]  # fmt: skip
+
+
+def _trimmed(archive: Path) -> str:
+    """The archive, or a copy without the object that nothing here uses; it lasts as long as the build."""
+    if archive.name not in _UNUSED:
+        return str(archive)
+    folder = tempfile.mkdtemp(prefix="dualblade-build-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = shutil.copy(archive, folder)
+    try:
+        subprocess.run(["ar", "d", copy, _UNUSED[archive.name]], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return str(archive)
+    return str(copy)
 
 
 def _shared(folders: list[Path], system: list[str]) -> list[str] | None:
