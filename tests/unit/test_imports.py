@@ -24,6 +24,7 @@ MODEL_SIDE = (
     "layers.py",
     "loading.py",
     "models.py",
+    "prefill.py",
     "runner.py",
     "bench/",
 )
