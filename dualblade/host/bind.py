@@ -53,13 +53,15 @@ class Drive:
 class Wish:
     """What bind is to do. owner: (name, user id) that may use the drive afterwards; None: root alone.
     erase: the serial of a drive whose unknown data is not needed. by: who asks. then: addresses of drives
-    in the same IOMMU group that are bound next, and so are no reason against this one."""
+    in the same IOMMU group that are bound next, and so are no reason against this one. words: the command
+    line, for hints that add to it."""
 
     driver: str = VFIO
     owner: tuple[str, int] | None = None
     erase: str | None = None
     by: str = "root"
     then: frozenset[str] = frozenset()
+    words: tuple[str, ...] = ()
 
 
 class RefusedError(BindError):
@@ -103,8 +105,15 @@ def refusals(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
     return [
         *uses(host, drive.controller),
         *_claimed(host, drive.controller),
-        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
-        *data_on(host, drive.controller, wish.erase),
+        *_of_its_own(host, drive, wish),
+    ]
+
+
+def _of_its_own(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
+    """What speaks against it while nobody uses it."""
+    return [
+        *unfit(host, drive.device, drive.controller, wish.driver, wish.then, wish.words),
+        *data_on(host, drive.controller, wish.erase, wish.words),
     ]
 
 
@@ -216,11 +225,7 @@ def refusals_again(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
     """As refusals(), while this process itself has the drive claimed; and is it still the same one?"""
     if find_drive(host, drive.bdf) != drive:
         return [Refusal("changed", "it has changed since it was looked at", "look again with --dry-run")]
-    return [
-        *uses(host, drive.controller),
-        *unfit(host, drive.device, drive.controller, wish.driver, wish.then),
-        *data_on(host, drive.controller, wish.erase),
-    ]
+    return [*uses(host, drive.controller), *_of_its_own(host, drive, wish)]
 
 
 def _carry_out(

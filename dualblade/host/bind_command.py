@@ -103,22 +103,23 @@ def _refused(drive: Drive, against: list[Refusal], record: dict[str, Any]) -> Re
 # what the user says -----------------------------------------------------------------------------
 
 
-def _words(args: argparse.Namespace) -> Sequence[str]:
-    """The command line again, for a hint."""
+def _words(args: argparse.Namespace, flags: bool = True) -> Sequence[str]:
+    """The command line again, for a hint; without its flags where they would be in the way."""
     named = {"--serial": args.serial, "--user": args.user, "--i-know-this-erases": args.erases}
     words = ["bind", args.device]
     words += [word for option, value in named.items() if value for word in (option, value)]
     words += [word for device in args.then for word in ("--then", device)]
     words += ["--driver", args.driver] if args.driver != VFIO else []
-    flags = {"--yes": args.yes, "--dry-run": args.dry_run, "--json": args.as_json}
-    return words + [flag for flag, given in flags.items() if given]
+    given = {"--yes": args.yes, "--dry-run": args.dry_run, "--json": args.as_json}
+    return words + [flag for flag in given if flags and given[flag]]
 
 
 def _wish(args: argparse.Namespace, host: Host) -> Wish:
     """Raises UsageError, BindError."""
     by = os.environ.get("SUDO_USER") or user_name(os.geteuid())
     then = frozenset(address_of(host, device) for device in args.then)
-    return Wish(args.driver, _owner(args.user) if args.user else None, args.erases, by, then)
+    owner = _owner(args.user) if args.user else None
+    return Wish(args.driver, owner, args.erases, by, then, tuple(_words(args, flags=False)))
 
 
 def _owner(name: str) -> tuple[str, int]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dualblade.host.command import as_root, host_command
 from dualblade.host.inuse import Refusal
 from dualblade.host.nvme import Controller, controllers
@@ -13,15 +15,22 @@ VFIO, UIO = "vfio-pci", "uio_pci_generic"
 
 
 def unfit(
-    host: Host, device: PciDevice, controller: Controller, driver: str, then: frozenset[str] = frozenset()
+    host: Host,
+    device: PciDevice,
+    controller: Controller,
+    driver: str,
+    then: frozenset[str] = frozenset(),
+    words: Sequence[str] = (),
 ) -> list[Refusal]:
-    """What of the hardware speaks against `driver`, the weightiest first. then: drives that follow."""
+    """What of the hardware speaks against `driver`, the weightiest first. then: drives that follow.
+    words: the command line that asks."""
+    words = words or ("bind", device.bdf)
     return [
         *_shared(host, controller),
         *_virtual(device),
         *_vmd(device),
         *_state(controller),
-        *(_iommu(host, device, then) if driver == VFIO else []),
+        *(_iommu(host, device, then, words) if driver == VFIO else []),
     ]
 
 
@@ -97,11 +106,11 @@ def _state(controller: Controller) -> list[Refusal]:
     return []
 
 
-def _iommu(host: Host, device: PciDevice, then: frozenset[str]) -> list[Refusal]:
+def _iommu(host: Host, device: PciDevice, then: frozenset[str], words: Sequence[str]) -> list[Refusal]:
     if device.group is None:
         return [
             Refusal(
-                "no-iommu", "this machine has no IOMMU switched on, which vfio-pci needs", _no_iommu(device)
+                "no-iommu", "this machine has no IOMMU switched on, which vfio-pci needs", _no_iommu(words)
             )
         ]
     others = [other for other in obstacles_in_group(host, device) if other.bdf not in then]
@@ -112,23 +121,22 @@ def _iommu(host: Host, device: PciDevice, then: frozenset[str]) -> list[Refusal]
         Refusal(
             "iommu-group",
             f"it shares IOMMU group {device.group} with {names}: only all of them together can be handed out",
-            _apart(device, others, then),
+            _apart(others, words),
         )
     ]
 
 
-def _no_iommu(device: PciDevice) -> str:
-    uio = host_command("bind", device.bdf, "--driver", UIO)
+def _no_iommu(words: Sequence[str]) -> str:
+    uio = host_command(*words, "--driver", UIO)
     return (
         "switch it on in the firmware (VT-d, AMD-Vi), boot with intel_iommu=on on Intel, and bind again; or, "
         f"where all that runs as root may be trusted: {uio}"
     )
 
 
-def _apart(device: PciDevice, others: list[PciDevice], then: frozenset[str]) -> str:
+def _apart(others: list[PciDevice], words: Sequence[str]) -> str:
     """A group of drives can be bound one after the other; nothing else is ours to take."""
     if not all(other.is_nvme for other in others):
         return "move the drive to another slot"
-    more = [word for bdf in sorted({*then, *(other.bdf for other in others)}) for word in ("--then", bdf)]
-    first = host_command("bind", device.bdf, *more)
+    first = host_command(*words, *(word for other in others for word in ("--then", other.bdf)))
     return f"move the drive to another slot, or bind them one after the other: {first}"

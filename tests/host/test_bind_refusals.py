@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import shlex
 import subprocess
 import threading
 from collections.abc import Callable
@@ -258,7 +259,7 @@ def test_the_drives_of_a_group_one_after_the_other(machine: Machine, run: Any) -
     other = "0000:02:00.0"
     neighbour(machine)
     hint = run(*BIND)[2].splitlines()[1]
-    assert hint.endswith(host_command("bind", BDF, "--then", other))
+    assert hint.endswith(host_command(*BIND, "--then", other))
     code, out, _ = run(*BIND, "--then", "/dev/nvme1n1")
     assert code == 0
     assert f"of no use until the rest of its group is bound: {host_command('bind', other)}" in out
@@ -318,6 +319,20 @@ def test_unknown_data_is_taken_with_the_serial_number(machine: Machine, run: Any
     assert run(*BIND, "--i-know-this-erases", "WRONG")[0] == 1
     assert run(*BIND, "--i-know-this-erases", SERIAL)[0] == 0
     assert machine.image(machine.drives[BDF]).read_bytes() == data
+
+
+def test_hints_keep_what_was_asked_for(machine: Machine, run: Any) -> None:
+    """Whoever types what they say gets there."""
+    no_iommu(machine)
+    raw_data(machine)
+    words, hints = [*BIND], 0
+    while (said := run(*words))[0]:
+        words = shlex.split(said[2].splitlines()[1])
+        words = words[words.index("dualblade.host") + 1 :]
+        hints += 1
+    assert hints == 2
+    assert set(words) == {*BIND, "--driver", "uio_pci_generic", "--i-know-this-erases"}
+    assert driver_of(machine) == "uio_pci_generic"
 
 
 def test_a_filesystem_is_not_taken_with_the_serial_number(machine: Machine, run: Any) -> None:
