@@ -23,6 +23,7 @@ struct command {
     unsigned first, niov; /* iov[first .. first + niov) is still to move */
     uint64_t span;        /* TRIM: how many bytes */
     uint64_t range[2];    /* uring_cmd: what TRIM hands to the controller */
+    int registered;       /* uring_cmd: it was sent with a registered buffer */
     uint64_t due_ns;      /* mem: when it completes; spdk: when it has taken too long */
     int hung;             /* mem: never completes */
     unsigned at;          /* spdk: the segment that SPDK asks for next */

@@ -21,6 +21,7 @@ enum {
     MAX_TRIES = 5, /* as often as the kernel sends a command of its own */
     MAX_DEPTH = 128,
     TRIAL_BYTES = 4096,
+    TRIAL_BUFFER = 1 << 20, /* more pages than a command takes segments, as those that matter have */
 };
 
 struct uring_cmd_engine {
@@ -32,11 +33,11 @@ struct uring_cmd_engine {
 /* commands ----------------------------------------------------------------------------------- */
 
 static void prepare_transfer(struct uring_cmd_engine *engine, struct io_uring_sqe *sqe, struct nvme_uring_cmd *nvme,
-                             const struct command *command)
+                             struct command *command)
 {
     const struct iovec *iov = &command->iov[command->first];
     uint64_t lba = command->offset / engine->medium.lba_bytes;
-    int slot = command->niov == 1 ? ring_buffer_of(&engine->ring, iov) : -1;
+    int slot = command->niov == 1 && engine->ring.can_register ? ring_buffer_of(&engine->ring, iov) : -1;
     nvme->opcode = command->op == GLUE_READ ? READ : WRITE;
     nvme->cdw10 = (uint32_t)lba;
     nvme->cdw11 = (uint32_t)(lba >> 32);
@@ -49,7 +50,8 @@ static void prepare_transfer(struct uring_cmd_engine *engine, struct io_uring_sq
         nvme->addr = (uint64_t)(uintptr_t)iov;
         nvme->data_len = command->niov;
     }
-    if (slot >= 0) {
+    command->registered = slot >= 0;
+    if (command->registered) {
         sqe->uring_cmd_flags = IORING_URING_CMD_FIXED;
         sqe->buf_index = (uint16_t)slot;
     }
@@ -121,6 +123,16 @@ static int send_again(struct uring_cmd_engine *engine, struct event *event)
     return event->result == 0;
 }
 
+/* Kernels before 6.12 refuse most commands with registered buffers. Then none has one any more. */
+static int was_refused(struct uring_cmd_engine *engine, struct event *event)
+{
+    if (event->result != -EINVAL || !event->command->registered)
+        return 0;
+    engine->ring.can_register = 0;
+    event->command->registered = 0;
+    return 1;
+}
+
 static int trims_on(struct uring_cmd_engine *engine, struct command *command)
 {
     uint64_t done = trim_bytes(engine, command);
@@ -138,7 +150,7 @@ static int is_answer(struct uring_cmd_engine *engine, struct event *event)
     struct command *command = event->command;
     int64_t status = event->result;
     if (status < 0)
-        return 1;
+        return !was_refused(engine, event) || !send_again(engine, event);
     if (!status) {
         event->result = (int64_t)command->bytes;
         return !trims_on(engine, command) || !send_again(engine, event);
@@ -194,22 +206,28 @@ static int try_read(struct uring_cmd_engine *engine, void *page)
     return result;
 }
 
-/* Whether the kernel takes commands here at all, and registered memory (Linux 6.1) with them. A block
- * that cannot be read is no reason to refuse the others. */
-static int try_commands(struct uring_cmd_engine *engine)
+static int try_in(struct uring_cmd_engine *engine, char *buffer)
 {
-    void *page = aligned_alloc(TRIAL_BYTES, TRIAL_BYTES);
-    if (!page)
-        return -ENOMEM;
-    uint64_t address = (uint64_t)(uintptr_t)page;
-    engine->ring.can_register = ring_add_memory(engine, address, TRIAL_BYTES);
-    int result = try_read(engine, page);
+    uint64_t address = (uint64_t)(uintptr_t)buffer;
+    engine->ring.can_register = ring_add_memory(engine, address, TRIAL_BUFFER);
+    int result = try_read(engine, buffer + TRIAL_BUFFER / 2);
     ring_remove_memory(engine, address);
     if (result == -EINVAL && engine->ring.can_register) {
         engine->ring.can_register = 0;
-        result = try_read(engine, page);
+        result = try_read(engine, buffer);
     }
-    free(page);
+    return result;
+}
+
+/* Whether the kernel takes commands here at all, and registered buffers with them. A block that cannot be
+ * read is no reason to refuse the others. */
+static int try_commands(struct uring_cmd_engine *engine)
+{
+    char *buffer = aligned_alloc(TRIAL_BYTES, TRIAL_BUFFER);
+    if (!buffer)
+        return -ENOMEM;
+    int result = try_in(engine, buffer);
+    free(buffer);
     if (result == -EOPNOTSUPP)
         return -ENOSYS;
     return result < 0 ? result : 0;
