@@ -442,10 +442,9 @@ def _why_no_commands(error: GlueError) -> str:
     """Why a generic device could not be opened."""
     reasons = {
         errno.ENOTTY: "it is no NVMe generic device, as /dev/ng0n1 is",
-        errno.EACCES: "NVMe commands are refused: root may send them, and on Linux 6.2 or later whoever may read "
-        "and write the device",
+        errno.EACCES: "NVMe commands are root's; on Linux 6.2 or later also of whoever may write the device",
         errno.ENXIO: "the namespace is not active",
-        errno.EMEDIUMTYPE: "the namespace is formatted with metadata, with blocks larger than 4 KiB, or is zoned",
+        errno.EMEDIUMTYPE: "the namespace has metadata or blocks larger than 4 KiB, or is zoned",
         errno.ENOSYS: "the kernel has no NVMe commands through io_uring: Linux 5.19 or later has them",
     }
     return reasons.get(error.errno or 0) or why_no_uring(error) or str(error.strerror)
