@@ -244,6 +244,7 @@ def test_what_a_dead_process_left_is_taken_back(target: str) -> None:
 
 
 @on_a_drive
+@pytest.mark.slow
 def test_a_whole_run(target: str) -> None:
     record("create", target)
     words = ["run", "--model", "tiny", "--prompt", "The list type", "--mem-budget", "1G", "--nvme", target]
