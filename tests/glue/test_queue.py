@@ -11,7 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from leftovers import ended, tasks
-from media import CAPACITY, array, noise, open_file, python, read_back, write_bytes
+from media import (
+    CAPACITY,
+    array,
+    new_queue,
+    noise,
+    open_file,
+    open_medium,
+    python,
+    read_back,
+    write_bytes,
+)
 
 from spdk_glue import (
     FLUSH,
@@ -305,10 +315,10 @@ def test_closing_waits_for_what_is_in_flight(regions) -> None:
     assert before == bytes(region.buffer())
 
 
-def test_a_forgotten_queue_ends_its_thread_and_its_descriptors(opened, tmp_path: Path, engine: str) -> None:
+def test_a_forgotten_queue_ends_its_thread_and_its_descriptors(tmp_path: Path, engine: str) -> None:
     before, fds = tasks(), len(os.listdir("/proc/self/fd"))
-    with open_file(tmp_path) as fd:
-        queue = Queue.memory(CAPACITY) if engine == "mem" else Queue.files([fd])
+    with open_medium(engine, tmp_path) as fd:
+        queue = new_queue(engine, fd)
         assert read_back(queue, 0, PAGE) == bytes(PAGE)
         assert tasks() != before
         del queue
