@@ -172,6 +172,11 @@ class DualBladeCache(Cache):
             raise ConfigError("the cache is empty: nothing was generated with it yet")
         return self._storage
 
+    @property
+    def dtype(self) -> torch.dtype:
+        assert self._device is not None, "it is empty"
+        return self._device.dtype
+
     # the life of a token --------------------------------------------------------------------
 
     def exchange_both(

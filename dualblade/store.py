@@ -16,6 +16,7 @@ from dualblade.paths.base import StoragePath, Ticket
 from dualblade.pipeline import layers_ahead
 from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
+from dualblade.trace import Trace
 from dualblade.units import MIB
 from spdk_glue import PAGE, READ, WRITE, Region
 
@@ -66,6 +67,7 @@ class KVStore:
         self.stall_s = 0.0
         self.checksum_s = 0.0
         self.failure: DualBladeError | None = None
+        self.trace: Trace | None = None
         self._layers = sorted({spec.key.layer for spec in specs})
         self._slots = slots
         self._of_env = any(path.queue.needs_env_memory for path in paths.values())
@@ -210,13 +212,16 @@ class KVStore:
 
     def _await(self, tensor: Tensor, slot: Slot) -> None:
         """The slot is filled, and everything written before it really reached the medium."""
-        begun = time.perf_counter()
+        begun = time.monotonic()
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
         if tensor.full:
             self._await_writes(tensor)
-        self.stall_s += time.perf_counter() - begun
+        ended = time.monotonic()
+        self.stall_s += ended - begun
+        if self.trace is not None:
+            self.trace.add("waits", str(tensor.spec.key), begun, ended)
         if filled and tensor.checksums:
             self._verify(tensor, slot)
 

@@ -23,6 +23,7 @@ class Completion:
     result: bytes moved, or -errno. offset: byte offset of the command that failed.
     sct, sc: NVMe status code type and status code where the medium gave them, else 0, 0.
     memory_at_risk: the medium may still write to the transfer's memory, which must be kept for ever.
+    begun_s, ended_s: when its first command was sent and its last one had completed, as time.monotonic().
     """
 
     tag: int
@@ -32,6 +33,8 @@ class Completion:
     sc: int = 0
     file: int = 0
     memory_at_risk: bool = False
+    begun_s: float = 0.0
+    ended_s: float = 0.0
 
 
 _REASONS = {

@@ -318,7 +318,7 @@ class Queue:
         for record in self._batch[0:count]:
             self._done[record.tag] = Completion(
                 record.tag, record.result, record.offset, record.sct, record.sc, record.file,
-                bool(record.memory_at_risk),
+                bool(record.memory_at_risk), record.begun_ns / 1e9, record.ended_ns / 1e9,
             )  # fmt: skip
         return count
 

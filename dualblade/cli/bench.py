@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dualblade.cli.bench_step import step
 from dualblade.cli.output import console, emit, json_option, table
 from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
@@ -22,6 +23,9 @@ _PERF_RATIOS = ("engine_vs_perf", "python_vs_perf")
 @click.group()
 def bench() -> None:
     """Measure. Speeds are compared within one run, as ratios."""
+
+
+bench.add_command(step)
 
 
 @bench.command(epilog="Example: dualblade-spdk bench io --size 1G --rounds 5")

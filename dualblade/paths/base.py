@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dualblade.errors import StorageError
 from dualblade.layout import PAGE
 from dualblade.tensors import PathKind, TensorKey
+from dualblade.trace import Trace
 from spdk_glue import READ, Piece, Queue, Region, TransferError, TransferTimeout
 
 
@@ -62,6 +63,7 @@ class StoragePath(ABC):
     def __init__(self, queue: Queue, timeout_s: float):
         self.queue = queue
         self.timeout_s = timeout_s
+        self.trace: Trace | None = None
 
     @property
     @abstractmethod
@@ -93,9 +95,12 @@ class StoragePath(ABC):
 
     def outcome(self, ticket: Ticket, tag: int) -> StorageError | None:
         try:
-            self.queue.wait(tag, self.timeout_s)
+            done = self.queue.wait(tag, self.timeout_s)
         except OSError as error:
             return self._storage_error(ticket.key, ticket.op, error)
+        if self.trace is not None:
+            verb = "reads" if ticket.op == READ else "writes"
+            self.trace.add(f"{self.kind.value} {verb}", str(ticket.key), done.begun_s, done.ended_s)
         return None
 
     def register(self, region: Region) -> int:

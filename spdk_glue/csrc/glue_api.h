@@ -45,6 +45,8 @@ typedef struct {
     uint16_t sc;
     uint32_t file;
     uint32_t memory_at_risk;
+    uint64_t begun_ns; /* CLOCK_MONOTONIC, when its first command was sent */
+    uint64_t ended_ns; /* and when its last one had completed */
 } glue_completion;
 
 typedef struct {

@@ -159,6 +159,7 @@ static void finish_transfer(glue_queue *queue, struct transfer *transfer)
     for (struct transfer *later = transfer->next; later; later = later->next)
         later->waits_for -= (uint32_t)must_wait(transfer, later);
     list_remove(&queue->active, transfer);
+    transfer->done.ended_ns = clock_ns();
     queue->given_up += transfer->done.memory_at_risk != 0;
     pthread_mutex_lock(&queue->lock);
     uint32_t at = (queue->done_head + queue->done_count) % queue->options.max_transfers;
@@ -194,6 +195,8 @@ static int start_command(glue_queue *queue, struct command *command)
 
 static void cut_and_start(glue_queue *queue, struct transfer *transfer)
 {
+    if (!transfer->done.begun_ns)
+        transfer->done.begun_ns = clock_ns();
     while (queue->free_commands && !transfer->cut_all) {
         struct command *command = queue->free_commands;
         queue->free_commands = command->next;

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench step`: one decode step, taken apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dualblade.cli.options import settings_from
+from dualblade.cli.output import console, emit, json_option, table
+from dualblade.errors import ConfigError
+from dualblade.settings import KV_PATHS
+
+_PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum": False}
+
+
+@click.command(
+    epilog="Example: dualblade-spdk bench step --model llama-3.2-1b --context 16384 --plot step.png"
+)
+@click.option("--model", default="llama-3.2-1b", show_default=True, help="An alias or a local folder.")
+@click.option("--mem-budget", default="4G", show_default=True, metavar="SIZE", help="As for `run`.")
+@click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of KV.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
+@click.option("--kv-path", type=click.Choice(list(KV_PATHS)), default="direct", show_default=True)
+@click.option("--nvme", metavar="TARGET", help="Where the direct path lives [default: a file].")
+@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder for KV files.")
+@click.option("--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option(
+    "--trace", type=click.Path(path_type=Path, dir_okay=False), help="Timeline for Perfetto (JSON)."
+)
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Timeline as a picture (PNG).")
+@json_option
+def step(as_json: bool, trace: Path | None, plot: Path | None, **options: Any) -> None:
+    """One decode step over random KV, with dummy weights of a model's shapes.
+
+    Beside it, in the same rounds: its storage alone and its compute alone. A perfect pipeline takes as long
+    as the longer of the two.
+    """
+    settings = settings_from(options | _PLAIN)
+    if plot:
+        _needs_matplotlib()
+    from dualblade.bench.step import StepBench, run_step_bench
+    from dualblade.models import quiet_libraries
+
+    quiet_libraries()
+    screen = console()
+    bench = StepBench(
+        options["model"],
+        settings,
+        options["context"],
+        options["batch_size"],
+        options["rounds"],
+        options["dtype"],
+    )
+    record, timeline = run_step_bench(bench, lambda text: screen.print(f"[dim]{text}[/dim]"))
+    if trace:
+        _write(trace, json.dumps(timeline.chrome()).encode())
+    if plot:
+        from dualblade.bench.plots import timeline_png
+
+        _write(plot, timeline_png(timeline, f"{record['model']}, {record['context']} tokens"))
+    emit(record, as_json, lambda record: _show(record, timeline.text()))
+
+
+def _needs_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib", "pip install matplotlib")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", "name another file") from error
+
+
+def _show(record: dict[str, Any], timeline: list[str]) -> None:
+    names = {
+        "step_s": "one step",
+        "storage_s": "its storage alone",
+        "compute_s": "its compute alone",
+        "compute_with_io_s": "compute while transfers run",
+        "stall_s": "waited for storage",
+    }
+    table(
+        ("measured", "ms (median)"), [(title, f"{record[name] * 1e3:.1f}") for name, title in names.items()]
+    )
+    click.echo(f"{record['prefetch_depth']} layers fetched ahead ({record['mode']})")
+    click.echo(f"overlap efficiency, max(storage, compute) / step: {record['overlap_efficiency']:.2f}")
+    for line in timeline:
+        click.echo(line)
