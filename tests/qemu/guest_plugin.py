@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pytest in the guest: one line of JSON a test to the host, as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+REPORTS = Path("/run/host/reports")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in ("machine(name)", "needs(*names)", "slow"):
+        config.addinivalue_line("markers", f"{marker}: see tests/qemu/conftest.py")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    text = report.longreprtext
+    if report.skipped and isinstance(report.longrepr, tuple):
+        text = report.longrepr[2]
+    if report.failed:
+        text += "".join(f"\n--- {name}\n{content}" for name, content in report.sections)
+    line = {
+        "test": report.nodeid, "when": report.when, "outcome": report.outcome, "text": text,
+        "seconds": round(report.duration, 2),
+    }  # fmt: skip
+    with REPORTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# The guest's first process once its root is there: what the host may lack, pytest with the host's
+# Python, then off.
+. /run/host/settings.sh # PYTHON REPO TOOLS LIMIT_S
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/bin
+export HOME=/run/home TMPDIR=/run/tmp PYTHONDONTWRITEBYTECODE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+export PYTHONPATH=$REPO/tests/qemu HF_HUB_OFFLINE=1
+
+/run/bin/busybox --install -s /run/bin
+mkdir -p "$HOME" "$TMPDIR" /var/tmp
+for tool in dmsetup mdadm; do
+    rm -f "/run/bin/$tool"
+    printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' \
+        "$TOOLS/lib/x86_64-linux-gnu" "$TOOLS/sbin/$tool" >"/run/bin/$tool"
+    chmod +x "/run/bin/$tool"
+done
+# SPDK starts OpenSSL, which wants its configuration; an empty one will do.
+[ -e /usr/lib/ssl/openssl.cnf ] || { mkdir -p /usr/lib/ssl && : >/usr/lib/ssl/openssl.cnf; }
+echo /run/bin/modprobe >/proc/sys/kernel/modprobe
+ifconfig lo 127.0.0.1 up
+modprobe -a nvme ext4
+
+(sleep "$LIMIT_S"; echo "guest: out of time"; reboot -f) &
+cd "$REPO" || reboot -f
+"$PYTHON" -m pytest -c /dev/null --rootdir="$REPO" --noconftest -p guest_plugin -p no:cacheprovider \
+    -o faulthandler_timeout=90 -q @/run/host/tests
+echo "guest: pytest ended with $?"
+dmesg >/run/host/dmesg
+sync
+reboot -f
