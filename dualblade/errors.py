@@ -48,6 +48,10 @@ class CapacityError(TargetError):
     """The target, or the disk below it, is too small."""
 
 
+class BindError(TargetError):
+    """A drive cannot be taken from the kernel, or given back to it."""
+
+
 class StorageError(DualBladeError, OSError):
     """A transfer failed while KV was moved. Nothing read by it is used.
 

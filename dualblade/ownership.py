@@ -5,27 +5,18 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import stat
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualblade.errors import TargetError
+from dualblade.host.signatures import scan_signatures
 from dualblade.superblock import has_magic
 from dualblade.units import format_size
 
 if TYPE_CHECKING:
     from dualblade.targets import OpenTarget
-
-_TOOLS_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
-_SCAN_SECONDS = 60
-# What an exit status means: has it found something? wipefs tells by its output alone.
-_SCANS = (
-    ("blkid", ("-p",), {2: False, 0: True, 8: True}),
-    ("wipefs", ("--no-act", "--parsable", "--noheadings"), {0: False}),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,35 +99,3 @@ def found_on(target: OpenTarget) -> list[str]:
     elif any(edges):
         found.append("its first and last MiB are not all zero")
     return found
-
-
-def scan_signatures(path: Path, tools_path: str = _TOOLS_PATH) -> list[str]:
-    """Signatures of filesystems, partitions and the like. Raises TargetError where none can be
-    looked for."""
-    scans = [(shutil.which(tool, path=tools_path), arguments, codes) for tool, arguments, codes in _SCANS]
-    if not any(program for program, _, _ in scans):
-        raise TargetError(
-            f"neither blkid nor wipefs is here to look for data on {path}", "apt-get install util-linux"
-        )
-    found = []
-    for program, arguments, codes in scans:
-        if program:
-            found += _scan([program, *arguments, str(path.absolute())], codes)
-    return found
-
-
-def _scan(command: list[str], codes: dict[int, bool]) -> list[str]:
-    name = Path(command[0]).name
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_SCAN_SECONDS,
-            env={"LC_ALL": "C", "PATH": _TOOLS_PATH}, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise TargetError(f"{name} could not look for data: {error}") from error
-    if done.returncode not in codes:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise TargetError(f"{name} could not look for data: {said}")
-    if codes[done.returncode] or done.stdout.strip():
-        return [f"{name} found {' '.join(done.stdout.split()) or 'a signature'}"]
-    return []

@@ -96,6 +96,32 @@ def _hugepages() -> str | None:
     return None if free >= 16 else f"{free} hugepages of 2 MiB are free, 16 are needed"
 
 
+def _hugepage_pool() -> str | None:
+    """May this process change how many hugepages there are?"""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    if not os.access(pool, os.W_OK):
+        return f"{pool} cannot be written"
+    return None
+
+
+def _loop() -> str | None:
+    """Can a file be made a block device?"""
+    if os.geteuid() != 0:
+        return "loop devices are root's to make"
+    with tempfile.NamedTemporaryFile() as file:
+        os.truncate(file.name, 1 << 20)
+        try:
+            made = subprocess.run(
+                ["losetup", "-f", "--show", file.name], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return "losetup is not in PATH"
+        if made.returncode:
+            return f"losetup: {made.stderr.strip()}"
+        subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+    return None
+
+
 def _program(name: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"{name} is not in PATH"
 
@@ -119,6 +145,8 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "fio": _program("fio"),
     "root": _root,
     "hugepages": _hugepages,
+    "hugepage_pool": _hugepage_pool,
+    "loop": _loop,
     "nvmf_tgt": _nvmf_tgt,
     "spdk": _spdk,
     "qemu": _qemu,

@@ -11,6 +11,7 @@ from dualblade.units import KIB
 
 _MEMINFO = "/proc/meminfo"
 _STATUS = "/proc/self/status"
+_NODE = "/sys/devices/system/node/node{}/meminfo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,19 @@ def machine_memory(host: Host) -> MachineMemory:
     )
 
 
+def node_available(host: Host, node: int | None) -> tuple[int, int]:
+    """(total, available) bytes of one NUMA node, or of the machine. Raises ConfigError.
+
+    A node shows no MemAvailable: its free memory and its file pages come close to it.
+    """
+    if node is None:
+        machine = machine_memory(host)
+        return machine.total, machine.available
+    names = ("MemTotal", "MemFree", "Active(file)", "Inactive(file)")
+    fields = _fields(host, _NODE.format(node), names, prefix=f"Node {node} ")
+    return fields["MemTotal"], sum(fields[name] for name in names[1:])
+
+
 def process_memory(host: Host) -> ProcessMemory:
     """Raises ConfigError. Swap and hugepages are zero where the kernel was built without them."""
     fields = _fields(host, _STATUS, required=("RssAnon", "RssFile", "RssShmem"))
@@ -64,12 +78,12 @@ def process_memory(host: Host) -> ProcessMemory:
     )
 
 
-def _fields(host: Host, path: str, required: tuple[str, ...]) -> dict[str, int]:
+def _fields(host: Host, path: str, required: tuple[str, ...], prefix: str = "") -> dict[str, int]:
     try:
         lines = host.read_text(path).splitlines()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    fields = dict(pair for pair in map(_field, lines) if pair)
+    fields = dict(pair for pair in (_field(line.removeprefix(prefix)) for line in lines) if pair)
     missing = [name for name in required if name not in fields]
     if missing:
         raise ConfigError(f"cannot read {path}: it does not show {missing[0]}")

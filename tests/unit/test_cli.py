@@ -19,7 +19,7 @@ import pytest
 from dualblade import __version__
 from dualblade.cli import main as program
 from dualblade.cli import output
-from dualblade.cli.main import COMMANDS, NOT_HERE, main
+from dualblade.cli.main import COMMANDS, main
 from dualblade.config import default_cache_dir
 from dualblade.errors import BudgetError, ConfigError, StorageError
 
@@ -49,7 +49,6 @@ def test_help_lists_every_command_and_an_example(capsys: pytest.CaptureFixture[s
     assert main(["-h"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in COMMANDS)
-    assert not any(f"\n  {name} " in shown for name in NOT_HERE)
     assert "Example:\n" in shown
 
 
@@ -87,15 +86,6 @@ def test_no_command_shows_help_as_an_error(capsys: pytest.CaptureFixture[str]) -
 def test_a_group_without_a_command_shows_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["volume"]) == 2
     assert lines(capsys)[0].startswith("Usage: dualblade-spdk volume")
-
-
-@pytest.mark.parametrize("name", sorted(NOT_HERE))
-def test_a_command_of_a_later_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "whatever", "--json"]) == 2
-    assert lines(capsys) == [
-        f"error: this version has no command {name!r} yet",
-        "hint: dualblade-spdk --help lists the commands",
-    ]
 
 
 @pytest.mark.parametrize(
