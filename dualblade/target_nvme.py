@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from dataclasses import dataclass
+from typing import Protocol
 
 from dualblade.config import nvme_secrets
 from dualblade.errors import BudgetError, TargetError
@@ -30,6 +31,12 @@ ENVIRONMENT_BYTES = 64 * MIB  # queues, requests and the libraries' own
 TIMEOUT = 60.0
 
 
+class Claim(Protocol):
+    """What keeps others off a namespace."""
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class NvmeNamespace:
     """A queue on one namespace, and what proves that it is empty or makes it so."""
@@ -37,7 +44,7 @@ class NvmeNamespace:
     name: str
     queue: Queue
     capacity: int
-    claim: socket.socket
+    claim: Claim
 
     def close(self) -> None:
         """After the queue: somebody else may have it."""

@@ -26,6 +26,7 @@ from dualblade.target_files import (
     whole_lbas,
     zero_edges,
 )
+from dualblade.target_generic import open_generic
 from dualblade.target_nvme import NvmeNamespace, nvme_options, open_nvme
 from dualblade.units import parse_size
 from dualblade.volume import TIMEOUT, Volume
@@ -231,17 +232,19 @@ def open_target(
         return OpenTarget(target.text, queue, target.capacity, True, True, "memory")
     if target.by_spdk:
         return _open_nvme(target, options, memory, timeout)
-    if target.path is None or target.kind is TargetKind.PASSTHROUGH:
-        raise TargetError(
-            f"this build has no engine for the {target.kind.value} {target.text}",
-            "use a file, a block device such as /dev/nvme1n1, or mem:SIZE",
-        )
+    assert target.path is not None
+    if target.kind is TargetKind.PASSTHROUGH:
+        return _on_namespace(open_generic(target.path, options))
     return _open_path(target, target.path, capacity, options, create)
 
 
 def _open_nvme(target: Target, options: QueueOptions, memory: int, timeout: float) -> OpenTarget:
     nvme = nvme_options(target.namespace, target.hostnqn, timeout)
     found = open_nvme(target.text, target.address, nvme, options, memory)
+    return _on_namespace(found)
+
+
+def _on_namespace(found: NvmeNamespace) -> OpenTarget:
     return OpenTarget(found.name, found.queue, found.capacity, False, False, "NVMe namespace", nvme=found)
 
 

@@ -23,7 +23,7 @@ c_sources() {
         flags=()
         case "${source##*/}" in
             no_*) ;;
-            engine_uring.c) pkg-config --exists liburing || continue ;;
+            *uring*) pkg-config --exists liburing || continue ;;
             *_spdk.c)
                 words=$(pkg-config --cflags spdk_nvme libdpdk 2>/dev/null) || continue
                 read -ra flags <<<"${words//-I/-isystem }" ;;

@@ -19,16 +19,17 @@ out=${OUT:-build/c/$mode}
 csrc=spdk_glue/csrc
 
 libraries=()
-absent=engine_uring.c
+uring=no
 if words=$(pkg-config --libs liburing 2>/dev/null); then
-    absent=no_uring.c
+    uring=yes
     read -ra libraries <<<"$words"
 fi
 sources=()
 for source in "$csrc"/*.c; do
     case "${source##*/}" in
-        "$absent") ;;
+        no_uring.c) [ $uring = yes ] || sources+=("$source") ;;
         no_*) sources+=("$source") ;;
+        *uring*) [ $uring = no ] || sources+=("$source") ;;
         *_spdk.c) ;; # its libraries are not instrumented
         *) sources+=("$source") ;;
     esac

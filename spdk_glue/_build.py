@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the package itself cannot be i
 from _find_spdk import find_spdk, pkg_config
 
 CSRC = Path(__file__).parent / "csrc"
+URING_SOURCES = ["ring_uring.c", "engine_uring.c", "engine_uring_cmd.c", "nvme_generic.c"]
 SPDK_SOURCES = ["env_spdk.c", "keys_spdk.c", "controller_spdk.c", "engine_spdk.c"]
 COMMON = ["queue.c", "io_thread.c", "memory.c", "engine_posix.c", "engine_mem.c", "engine_null.c"]
 
@@ -33,12 +34,12 @@ def say(text: str) -> None:
 
 
 def uring_parts() -> tuple[list[str], list[str]]:
-    """Sources and libraries of the io_uring engine, or of its twin."""
+    """Sources and libraries of the engines on io_uring, or of their twin."""
     words = None if os.environ.get("DUALBLADE_NO_URING") else pkg_config("--libs-only-l", "liburing")
     if words is None:
         say("liburing not found (Debian: apt-get install liburing-dev); building without it")
         return ["no_uring.c"], []
-    return ["engine_uring.c"], [word.removeprefix("-l") for word in words]
+    return URING_SOURCES, [word.removeprefix("-l") for word in words]
 
 
 def spdk_parts() -> tuple[list[str], list[str], list[str]]:

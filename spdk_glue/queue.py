@@ -29,6 +29,7 @@ _REGISTER, _UNREGISTER = 4, 5
 _REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
 _FAULTS = {"error": 0, "torn": 1, "hang": 2}
 _BATCH = 64
+_NVME_ENGINES = ("spdk", "uring_cmd")
 _MEDIUM_TEXTS = ("transport", "serial", "model", "firmware", "uuid")
 _SLICE_S = 0.2
 
@@ -212,6 +213,15 @@ class Queue:
         return cls(c_options, "mem", options)
 
     @classmethod
+    def nvme_generic(cls, fd: int, options: QueueOptions = QueueOptions()) -> Queue:
+        """A namespace by NVMe commands through io_uring: its open generic device, such as /dev/ng0n1, which
+        stays the caller's. Raises NotBuiltError, GlueError with the reason."""
+        try:
+            return cls(_file_options("uring_cmd", [fd], options), "uring_cmd", options)
+        except GlueError as error:
+            raise GlueError(error.errno or errno.EIO, _why_no_commands(error)) from error
+
+    @classmethod
     def null(cls, options: QueueOptions = QueueOptions()) -> Queue:
         """Completes at once and moves nothing."""
         return cls(_c_options("null", options, num_files=1), "null", options)
@@ -349,8 +359,8 @@ class Queue:
         )  # fmt: skip
 
     def medium(self) -> Medium | None:
-        """None where the engine is not spdk."""
-        if self.engine != "spdk":
+        """None where the engine speaks no NVMe."""
+        if self.engine not in _NVME_ENGINES:
             return None
         c_medium = ffi.new("glue_medium *")
         check(lib.glue_queue_medium(self._open(), c_medium), "ask the controller")
@@ -373,7 +383,7 @@ class Queue:
 
     def trim(self, ranges: Sequence[tuple[int, int]], timeout: float = 60.0) -> None:
         """Let the medium forget (offset, bytes), where it can."""
-        if self.engine in ("spdk", "mem") and ranges:
+        if self.engine in (*_NVME_ENGINES, "mem") and ranges:
             self.run(TRIM, [plain(offset, 0, nbytes) for offset, nbytes in ranges], timeout)
 
     def _options_in_force(self) -> QueueOptions:
@@ -426,6 +436,18 @@ def _why_not(error: GlueError, nvme: NvmeOptions) -> str:
         errno.ECHILD: "SPDK's environment does not run in this process",
     }
     return reasons.get(error.errno or 0) or f"cannot connect: {first_words()}"
+
+
+def _why_no_commands(error: GlueError) -> str:
+    """Why a generic device could not be opened."""
+    reasons = {
+        errno.ENOTTY: "it is no NVMe generic device, as /dev/ng0n1 is",
+        errno.EACCES: "NVMe commands are root's; on Linux 6.2 or later also of whoever may write the device",
+        errno.ENXIO: "the namespace is not active",
+        errno.EMEDIUMTYPE: "the namespace has metadata or blocks larger than 4 KiB, or is zoned",
+        errno.ENOSYS: "the kernel has no NVMe commands through io_uring: Linux 5.19 or later has them",
+    }
+    return reasons.get(error.errno or 0) or why_no_uring(error) or str(error.strerror)
 
 
 def engines() -> list[str]:

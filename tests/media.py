@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
+from needs import spare_namespace
 from numpy.typing import NDArray
 
 from spdk_glue import PAGE, READ, WRITE, MemOptions, Piece, Queue, QueueOptions, Region, plain
@@ -38,14 +39,47 @@ def open_queue(
     engine: str, folder: Path, options: QueueOptions = QueueOptions(), capacity: int = CAPACITY,  # noqa: B008
     script: MemOptions = SHUFFLED,
 ) -> Iterator[Queue]:  # fmt: skip
-    """A medium of zeros: "uring" past the page cache, "buffered" through it, or "mem"."""
-    if engine == "mem":
-        with Queue.memory(capacity, options, script) as queue:
-            yield queue
-        return
-    flags = os.O_DIRECT if engine == "uring" else 0
-    with open_file(folder, capacity, flags) as fd, Queue.files([fd], options, "uring") as queue:
+    """On a medium of zeros: a file, "uring" past the page cache or "buffered" through it, the spare
+    namespace ("uring_cmd") or "mem"."""
+    with (
+        open_medium(engine, folder, capacity) as fd,
+        new_queue(engine, fd, options, capacity, script) as queue,
+    ):
         yield queue
+
+
+@contextmanager
+def open_medium(engine: str, folder: Path, capacity: int = CAPACITY) -> Iterator[int]:
+    """A descriptor of `capacity` zeros; "mem" has none."""
+    if engine == "mem":
+        yield -1
+    elif engine == "uring_cmd":
+        with open_namespace(capacity) as fd:
+            yield fd
+    else:
+        with open_file(folder, capacity, os.O_DIRECT if engine == "uring" else 0) as fd:
+            yield fd
+
+
+@contextmanager
+def open_namespace(capacity: int = CAPACITY) -> Iterator[int]:
+    """The spare namespace's generic device, with zeros in front."""
+    fd = os.open(spare_namespace(), os.O_RDWR)
+    try:
+        with Queue.nvme_generic(fd) as queue:
+            write_bytes(queue, 0, bytes(capacity))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def new_queue(
+    engine: str, fd: int, options: QueueOptions = QueueOptions(), capacity: int = CAPACITY,  # noqa: B008
+    script: MemOptions = SHUFFLED,
+) -> Queue:  # fmt: skip
+    if engine == "mem":
+        return Queue.memory(capacity, options, script)
+    return Queue.nvme_generic(fd, options) if engine == "uring_cmd" else Queue.files([fd], options, "uring")
 
 
 def array(region: Region) -> Bytes:

@@ -52,6 +52,37 @@ def _uring() -> str | None:
     return None
 
 
+def spare_namespace() -> str:
+    """The generic device of an NVMe namespace that tests may overwrite, or ""."""
+    return os.environ.get("DUALBLADE_TEST_NG", "")
+
+
+def spare_metadata_namespace() -> str:
+    """One whose blocks carry metadata."""
+    return os.environ.get("DUALBLADE_TEST_NG_METADATA", "")
+
+
+def _nvme_metadata() -> str | None:
+    variable = "DUALBLADE_TEST_NG_METADATA"
+    return None if spare_metadata_namespace() else f"{variable} names no NVMe namespace with metadata"
+
+
+def _nvme_generic() -> str | None:
+    import spdk_glue
+
+    path = spare_namespace()
+    if not path:
+        return "DUALBLADE_TEST_NG names no NVMe namespace (/dev/ng1n1) that may be overwritten"
+    if "uring_cmd" not in spdk_glue.engines():
+        return "this build has no uring_cmd engine (liburing was not found)"
+    try:
+        with open(path, "r+b", buffering=0) as device:
+            spdk_glue.Queue.nvme_generic(device.fileno()).close()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
+
+
 def _seccomp() -> str | None:
     launcher = Path(__file__).with_name("forbid_uring.py")
     done = subprocess.run(
@@ -140,6 +171,8 @@ def _qemu() -> str | None:
 _PROBES: dict[str, Callable[[], str | None]] = {
     "uring": _uring,
     "o_direct": _o_direct,
+    "nvme_generic": _nvme_generic,
+    "nvme_metadata": _nvme_metadata,
     "seccomp": _seccomp,
     "cc": _program("cc"),
     "fio": _program("fio"),

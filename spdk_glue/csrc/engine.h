@@ -22,9 +22,12 @@ struct command {
     struct iovec *iov;    /* owned by the queue, iov_capacity long */
     unsigned first, niov; /* iov[first .. first + niov) is still to move */
     uint64_t span;        /* TRIM: how many bytes */
+    uint64_t range[2];    /* uring_cmd: what TRIM hands to the controller */
+    int registered;       /* uring_cmd: it was sent with a registered buffer */
     uint64_t due_ns;      /* mem: when it completes; spdk: when it has taken too long */
     int hung;             /* mem: never completes */
-    unsigned at, tries;   /* spdk: the segment that SPDK asks for next; how often it was lost */
+    unsigned at;          /* spdk: the segment that SPDK asks for next */
+    unsigned tries;       /* spdk, uring_cmd: how often it has failed for a while */
     uint64_t into;        /* spdk: bytes into that segment */
     void *sender;         /* spdk: the engine */
     struct command *next, *prev; /* lists of whoever holds it */
@@ -62,7 +65,7 @@ struct engine_ops {
     int (*medium)(void *self, glue_medium *out);
 };
 
-extern const struct engine_ops engine_uring, engine_posix, engine_spdk, engine_mem, engine_null;
+extern const struct engine_ops engine_uring, engine_uring_cmd, engine_posix, engine_spdk, engine_mem, engine_null;
 
 uint64_t clock_ns(void);
 /* For pthread_cond_timedwait on a condition of cond_init_monotonic; now where timeout_ns is negative. */

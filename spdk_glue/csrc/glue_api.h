@@ -48,8 +48,8 @@ typedef struct {
 } glue_completion;
 
 typedef struct {
-    const char *kind;        /* "uring", "posix", "spdk", "mem" or "null" */
-    const int *fds;          /* uring, posix: open files, still owned by the caller */
+    const char *kind;        /* "uring", "uring_cmd", "posix", "spdk", "mem" or "null" */
+    const int *fds;          /* uring, posix: open files, still owned by the caller; uring_cmd: one device */
     uint32_t num_files;
     uint32_t queue_depth;    /* commands in flight; an engine may raise it, with smaller commands */
     uint32_t command_bytes;  /* larger transfers are split at this size; an engine may lower it */
@@ -140,7 +140,7 @@ enum { GLUE_MEMORY_PLAIN = 0, GLUE_MEMORY_THP = 1, GLUE_MEMORY_HUGETLB = 2 };
 
 /* Once, when the module has been loaded: undoes what a library did to the process by being loaded. */
 void glue_loaded(void);
-/* What this build holds, e.g. "uring posix mem null". */
+/* What this build holds, e.g. "uring uring_cmd posix mem null". */
 const char *glue_engines(void);
 /* SPDK's version, e.g. "26.05", or "" in a build without it. */
 const char *glue_spdk_version(void);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The twin of engine_uring.c for a machine without liburing: a name that nobody can ask for. */
+/* The twin of the engines on io_uring for a machine without liburing: names that nobody can ask for. */
 #include <stddef.h>
 
 #include "engine.h"
 
 const struct engine_ops engine_uring = {.name = NULL};
+const struct engine_ops engine_uring_cmd = {.name = NULL};

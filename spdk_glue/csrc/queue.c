@@ -69,8 +69,8 @@ static void list_free(struct transfer_list *list)
 
 static const struct engine_ops *engine_by_name(const char *kind)
 {
-    static const struct engine_ops *const all[] = {&engine_uring, &engine_posix, &engine_spdk, &engine_mem,
-                                                   &engine_null};
+    static const struct engine_ops *const all[] = {&engine_uring, &engine_uring_cmd, &engine_posix,
+                                                   &engine_spdk,  &engine_mem,       &engine_null};
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
         if (all[i]->name && !strcmp(all[i]->name, kind))
             return all[i];
@@ -80,8 +80,8 @@ static const struct engine_ops *engine_by_name(const char *kind)
 const char *glue_engines(void)
 {
     if (engine_spdk.name)
-        return engine_uring.name ? "uring posix spdk mem null" : "posix spdk mem null";
-    return engine_uring.name ? "uring posix mem null" : "posix mem null";
+        return engine_uring.name ? "uring uring_cmd posix spdk mem null" : "posix spdk mem null";
+    return engine_uring.name ? "uring uring_cmd posix mem null" : "posix mem null";
 }
 
 static int options_check(const glue_options *options)

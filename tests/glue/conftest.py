@@ -17,6 +17,7 @@ ENGINES = [
     pytest.param("mem", id="mem"),
     pytest.param("uring", id="uring", marks=pytest.mark.needs("uring", "o_direct")),
     pytest.param("buffered", id="buffered", marks=pytest.mark.needs("uring")),
+    pytest.param("uring_cmd", id="uring_cmd", marks=pytest.mark.needs("nvme_generic")),
 ]
 
 OpenQueue = Callable[..., AbstractContextManager[Queue]]

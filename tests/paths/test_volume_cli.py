@@ -128,7 +128,7 @@ def test_create_says_what_is_missing_or_too_small(direct_dir: Path) -> None:
 @pytest.mark.parametrize("command", ["create", "show", "check", "wipe"])
 def test_targets_that_hold_no_volume(command: str) -> None:
     assert "lives only as long as a process" in refused(command, "mem:64M").message
-    assert "no engine for the NVMe passthrough" in refused(command, "/dev/ng7n1").message
+    assert "/dev/ng7777n1 cannot be used: No such file" in refused(command, "/dev/ng7777n1").message
 
 
 # show, check, wipe --------------------------------------------------------------------------
