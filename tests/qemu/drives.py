@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dualblade.host.__main__ import main
 
 PCI = Path("/sys/bus/pci/devices")
 NVME_CLASS = "0x010802"
@@ -53,6 +58,15 @@ class Drive:
     def generic(self) -> Path:
         return self.block.with_name(self.block.name.replace("nvme", "ng"))
 
+    def wait(self) -> None:
+        """Until the kernel has its namespaces again."""
+        wait_until(f"{self.address} is the kernel's", lambda: self.driver == "nvme" and bool(self.blocks))
+
+    def write(self, offset: int, data: bytes) -> None:
+        fd = os.open(self.block, os.O_WRONLY | os.O_SYNC)
+        os.pwrite(fd, data, offset)
+        os.close(fd)
+
     def bytes_of(self, offset: int, nbytes: int) -> bytes:
         """Read past the page cache of whoever read here before."""
         with self.block.open("rb", buffering=0) as file:
@@ -84,7 +98,9 @@ def call(*words: str | Path, code: int | None = 0, seconds: float = 120, **optio
         [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False, **options,
     )  # fmt: skip
-    assert code is None or done.returncode == code, f"{words} exit {done.returncode}, not {code}\n{done.stdout}"
+    assert code is None or done.returncode == code, (
+        f"{words} exit {done.returncode}, not {code}\n{done.stdout}"
+    )
     return done.stdout
 
 
@@ -93,10 +109,38 @@ def dualblade(*words: str | Path, code: int = 0, seconds: float = 180) -> str:
     return call(sys.executable, "-m", "dualblade.cli.main", *words, code=code, seconds=seconds)
 
 
-def record(*words: str | Path, program: Callable[..., str] = dualblade) -> dict[str, Any]:
-    """What a command says with --json. Talk on stderr comes before it."""
-    out = program(*words, "--json")
-    return dict(json.loads(out[out.index("{") :]))
+def host(*words: str | Path, code: int | None = 0) -> str:
+    """A command of `python3 -m dualblade.host`, in this process: its stdout and stderr."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            got = main([str(word) for word in words])
+        except SystemExit as error:
+            got = int(error.code or 0)
+    assert code is None or got == code, f"{words} exit {got}, not {code}\n{out.getvalue()}"
+    return out.getvalue()
+
+
+def record(*words: str | Path, program: Callable[..., str] = dualblade, code: int = 0) -> dict[str, Any]:
+    """What a command says with --json, whatever it says on stderr before and after."""
+    out = program(*words, "--json", code=code)
+    return dict(json.JSONDecoder().raw_decode(out[out.index("{") :])[0])
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Runs it in a child of this process, which has all modules already; its wait status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
 
 
 def wait_until(what: str, condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -119,7 +163,7 @@ def state() -> dict[str, object]:
     found["mounts"] = Path("/proc/self/mounts").read_text()
     found["swaps"] = Path("/proc/swaps").read_text().split()
     found["vfio"] = names(Path("/dev").glob("vfio/*"))
-    found["journal"] = names(Path("/run").glob("dualblade*/*"))
+    found["journal"] = names(Path("/run/dualblade-spdk").glob("*.json"))
     return found
 
 

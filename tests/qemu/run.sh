@@ -2,12 +2,15 @@
 # The guest's first process once its root is there: what the host may lack, pytest with the host's
 # Python, then off.
 . /run/host/settings.sh # PYTHON REPO TOOLS LIMIT_S
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/bin
+export PATH=/run/first:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/bin
 export HOME=/run/home TMPDIR=/run/tmp PYTHONDONTWRITEBYTECODE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 export PYTHONPATH=$REPO/tests/qemu HF_HUB_OFFLINE=1
 
 /run/bin/busybox --install -s /run/bin
-mkdir -p "$HOME" "$TMPDIR" /var/tmp
+mkdir -p "$HOME" "$TMPDIR" /var/tmp /run/first
+printf '#!/bin/sh\nexec "$@"\n' >/run/first/sudo # hints say it; this is root anyway
+chmod +x /run/first/sudo
+[ -e /usr/sbin/modprobe ] || ln -s /run/bin/modprobe /usr/sbin/modprobe
 for tool in dmsetup mdadm; do
     rm -f "/run/bin/$tool"
     printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' \
@@ -16,7 +19,7 @@ for tool in dmsetup mdadm; do
 done
 # SPDK starts OpenSSL, which wants its configuration; an empty one will do.
 [ -e /usr/lib/ssl/openssl.cnf ] || { mkdir -p /usr/lib/ssl && : >/usr/lib/ssl/openssl.cnf; }
-echo /run/bin/modprobe >/proc/sys/kernel/modprobe
+echo /usr/sbin/modprobe >/proc/sys/kernel/modprobe
 ifconfig lo 127.0.0.1 up
 modprobe -a nvme ext4
 

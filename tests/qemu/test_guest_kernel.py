@@ -6,14 +6,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from drives import MIB, Drive, drives, dualblade, record
+from drives import MIB, Drive, dualblade, record
 
 pytestmark = [pytest.mark.needs("qemu", "uring"), pytest.mark.machine("iommu")]
-
-
-@pytest.fixture
-def spare() -> Drive:
-    return drives()["SPARE0"]
 
 
 def test_the_engine_reads_what_it_wrote(spare: Drive) -> None:
