@@ -18,7 +18,7 @@ from dualblade.host.sysfs import Host
 from dualblade.planner import RunPlan
 from dualblade.residency import take_snapshot
 from dualblade.settings import CacheSettings
-from dualblade.targets import parse_target
+from dualblade.targets import find_target
 from dualblade.zoo import resolve
 
 
@@ -126,7 +126,7 @@ class Session:
         folder = None if self.dummy else self._weight_folder()
         nvme = self.settings.nvme
         # Also while it is verified: another number of threads may round differently.
-        with leave_a_cpu(nvme is not None and parse_target(nvme).by_spdk):
+        with leave_a_cpu(nvme is not None and find_target(nvme).by_spdk):
             return self._run(folder)
 
     def _run(self, folder: Path | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from dualblade.errors import CapacityError, TargetError, UsageError
 from dualblade.extents import LBA
+from dualblade.host.command import as_root
 from dualblade.units import GIB, MIB, format_size
 from spdk_glue import FileFacts, file_facts
 
@@ -154,6 +155,9 @@ def _open_error(path: Path, error: OSError) -> TargetError:
     name = str(path)
     if error.errno == errno.EINVAL:
         return TargetError(f"{name}: the filesystem refuses O_DIRECT", _DISK_HINT)
+    if error.errno == errno.EACCES and path.is_block_device():
+        owner = str(os.geteuid())
+        return TargetError(f"{name} may not be opened by this user", as_root(["chown", owner, name]))
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return TargetError(
             f"{name} cannot be written: {error.strerror}",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,9 @@ from typing import Protocol
 from dualblade.config import nvme_secrets
 from dualblade.errors import BudgetError, TargetError
 from dualblade.extents import LBA
+from dualblade.host.command import as_root, host_command
+from dualblade.host.eligible import UIO
+from dualblade.host.journal import DEVICES, USERSPACE_DRIVERS, driver_of
 from dualblade.host.meminfo import machine_memory
 from dualblade.host.sysfs import Host
 from dualblade.metadata import Medium
@@ -21,6 +25,7 @@ from spdk_glue import (
     NvmeOptions,
     Queue,
     QueueOptions,
+    engines,
     environment,
     start_environment,
 )
@@ -76,6 +81,32 @@ def nvme_options(nsid: int, hostnqn: str | None, timeout: float) -> NvmeOptions:
     )  # fmt: skip
 
 
+def check_pci(name: str, bdf: str, host: Host = Host()) -> None:  # noqa: B008
+    """Is the drive there, with a userspace driver, open to this user, and SPDK in this build? Before SPDK
+    is started, which would not say. Raises TargetError."""
+    if not host.exists(f"{DEVICES}/{bdf}"):
+        raise TargetError(f"{name}: there is no PCI device {bdf}", "lspci -D shows those there are")
+    driver = driver_of(bdf, host)
+    if driver not in USERSPACE_DRIVERS:
+        has = f"belongs to the kernel's driver {driver}" if driver else "has no driver"
+        raise TargetError(f"{name} {has}, and SPDK needs it bound to vfio-pci", host_command("bind", bdf))
+    if "spdk" not in engines():
+        raise TargetError(
+            f"{name} is bound to {driver}, and this build has no SPDK to drive it",
+            f"to give it back to the kernel: {host_command('unbind', bdf)}",
+        )
+    _check_permission(name, bdf, host)
+
+
+def _check_permission(name: str, bdf: str, host: Host) -> None:
+    group = host.link_name(f"{DEVICES}/{bdf}/iommu_group")
+    node = f"/dev/vfio/{group}"
+    if group and host.exists(node) and not os.access(host.path(node), os.R_OK | os.W_OK):
+        raise TargetError(
+            f"{name}: this user may not open {node}", as_root(["chown", str(os.geteuid()), node])
+        )
+
+
 def open_nvme(
     name: str, transport_id: str, nvme: NvmeOptions, options: QueueOptions, memory: int
 ) -> NvmeNamespace:
@@ -110,7 +141,7 @@ def _claim(name: str, transport_id: str, nsid: int) -> socket.socket:
 def _connect(name: str, transport_id: str, nvme: NvmeOptions, options: QueueOptions, memory: int) -> Queue:
     pci = transport_id.lower().startswith("trtype:pcie")
     try:
-        _start(memory, pci)
+        _start(memory, transport_id.rpartition("traddr:")[2] if pci else None)
         return Queue.nvme(transport_id, options, nvme)
     except NotBuiltError as error:
         raise TargetError(
@@ -122,18 +153,20 @@ def _connect(name: str, transport_id: str, nvme: NvmeOptions, options: QueueOpti
         raise TargetError(f"{name}: {error.strerror}", _hint(transport_id)) from error
 
 
-def _start(memory: int, pci: bool) -> None:
-    """All memory is reserved at once, for a vfio-user controller maps 16 regions at most. Ordinary
-    memory is taken only as it is touched, so there is no harm in a reserve."""
+def _start(memory: int, bdf: str | None) -> None:
+    """bdf: of a drive on PCI. All memory is reserved at once, for a vfio-user controller maps 16 regions at
+    most. Ordinary memory is taken only as it is touched, so there is no harm in a reserve."""
     running = environment()
     wanted = round_up(memory + METADATA_BYTES, 2 * MIB) + ENVIRONMENT_BYTES
     if running is None:
         machine = machine_memory(Host())
         usable = (machine.hugepages_free - machine.hugepages_reserved) * machine.hugepage_bytes
         hugepages = machine.hugepage_bytes == 2 * MIB and usable >= wanted
-        start_environment(wanted if hugepages else max(2 * wanted, 512 * MIB), hugepages, pci)
+        if bdf and not hugepages:
+            _check_translated(bdf, wanted, machine.hugepages_total * machine.hugepage_bytes - usable)
+        start_environment(wanted if hugepages else max(2 * wanted, 512 * MIB), hugepages, bdf is not None)
         return
-    if pci and not running.pci:
+    if bdf and not running.pci:
         raise TargetError("SPDK was started in this process without PCI devices", "use a new process")
     if wanted > running.nbytes:
         raise BudgetError(
@@ -143,10 +176,21 @@ def _start(memory: int, pci: bool) -> None:
         )
 
 
+def _check_translated(bdf: str, wanted: int, used: int) -> None:
+    """Ordinary memory is scattered, and without an IOMMU the drive cannot be told where. used: bytes of
+    hugepages that others have. Raises TargetError."""
+    if driver_of(bdf, Host()) == UIO:
+        raise TargetError(
+            f"{bdf} is bound to {UIO}, without an IOMMU: SPDK needs {format_size(wanted)} in free hugepages "
+            "of 2 MiB",
+            host_command("hugepages", "--reserve", f"{round_up(used + wanted, MIB) // MIB}M"),
+        )
+
+
 def _hint(transport_id: str) -> str:
     kind = transport_id.split()[0].lower()
     if "vfiouser" in kind:
         return "is the target running, and does no other process use it? `dualblade-spdk emulate` starts one"
     if "pcie" in kind:
-        return "is the drive bound to vfio-pci?"
+        return "has another process the drive? dualblade-spdk doctor looks at IOMMU, memlock and hugepages"
     return "is the target listening there, and does it allow this host?"

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
 from dualblade.errors import TargetError, UsageError
 from dualblade.extents import LBA
+from dualblade.host.journal import bound_namespace
+from dualblade.host.sysfs import Host
 from dualblade.superblock import MIN_CAPACITY
 from dualblade.target_files import (
     closed_on_error,
@@ -27,7 +29,7 @@ from dualblade.target_files import (
     zero_edges,
 )
 from dualblade.target_generic import open_generic
-from dualblade.target_nvme import NvmeNamespace, nvme_options, open_nvme
+from dualblade.target_nvme import NvmeNamespace, check_pci, nvme_options, open_nvme
 from dualblade.units import parse_size
 from dualblade.volume import TIMEOUT, Volume
 from spdk_glue import GlueError, Queue, QueueOptions
@@ -70,8 +72,8 @@ class TargetKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """text: as written. path: FILE, BLOCK, PASSTHROUGH. capacity: bytes, MEMORY. address: PCI or
-    transport id as SPDK reads it. namespace: from 1, PCI and TRANSPORT."""
+    """text: as written. path: FILE, BLOCK, PASSTHROUGH, and PCI where a node led to it. capacity: bytes,
+    MEMORY. address: PCI or transport id as SPDK reads it. namespace: from 1, PCI and TRANSPORT."""
 
     kind: TargetKind
     text: str
@@ -136,6 +138,22 @@ def _namespace(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 32:
         raise UsageError(f"ns:{text} is not a namespace", "namespaces count from 1")
     return int(text)
+
+
+def find_target(text: str, host: Host = Host()) -> Target:  # noqa: B008
+    """parse_target(), and for a node that is gone because its drive is bound the drive's PCI address.
+
+    Raises UsageError.
+    """
+    target = parse_target(text)
+    if target.kind is not TargetKind.BLOCK:
+        return target
+    found = bound_namespace(str(target.path), host)
+    if found is None:
+        return target
+    bdf, namespace = found
+    address = f"trtype:PCIe traddr:{bdf}"
+    return replace(target, kind=TargetKind.PCI, address=address, namespace=namespace)
 
 
 # open ---------------------------------------------------------------------------------------
@@ -226,7 +244,7 @@ def open_target(
     """
     if target is None:
         return _open_exclusive(cache_dir, capacity, options)
-    target = parse_target(target) if isinstance(target, str) else target
+    target = find_target(target) if isinstance(target, str) else target
     if target.kind is TargetKind.MEMORY:
         queue = _open_queue(target.text, lambda: Queue.memory(target.capacity, options))
         return OpenTarget(target.text, queue, target.capacity, True, True, "memory")
@@ -239,6 +257,8 @@ def open_target(
 
 
 def _open_nvme(target: Target, options: QueueOptions, memory: int, timeout: float) -> OpenTarget:
+    if target.kind is TargetKind.PCI:
+        check_pci(target.text, target.address.rpartition("traddr:")[2])
     nvme = nvme_options(target.namespace, target.hostnqn, timeout)
     found = open_nvme(target.text, target.address, nvme, options, memory)
     return _on_namespace(found)

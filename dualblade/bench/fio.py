@@ -17,8 +17,11 @@ def fio_path() -> str | None:
     return shutil.which("fio")
 
 
-def run_fio(file: Path, rw: str, size: int, command_bytes: int, depth: int, fixed: bool) -> float:
-    """GiB a second of one sequential pass (`rw`: "read" or "write"), io_uring and O_DIRECT.
+def run_fio(
+    file: Path, rw: str, size: int, command_bytes: int, depth: int, fixed: bool, start: int = 0
+) -> float:
+    """GiB a second of one sequential pass (`rw`: "read" or "write") over `size` bytes from `start` on,
+    io_uring and O_DIRECT.
 
     fixed: with registered buffers, which RLIMIT_MEMLOCK must have room for.
 
@@ -33,6 +36,7 @@ def run_fio(file: Path, rw: str, size: int, command_bytes: int, depth: int, fixe
         f"--iodepth={depth}",
         "--ioengine=io_uring",
         "--direct=1",
+        f"--offset={start}",
         f"--size={size}",
         "--invalidate=0",
         "--allow_file_create=0",

@@ -7,23 +7,24 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dualblade.bench.fio import fio_path, run_fio
-from dualblade.bench.tensors import kv_store
+from dualblade.bench.tensors import RawPath, kv_store
 from dualblade.device import CpuDevice
-from dualblade.errors import CapacityError
+from dualblade.errors import CapacityError, UsageError
 from dualblade.integrity import Checksums
-from dualblade.paths.base import Room
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.store import KVStore
 from dualblade.target_files import check_room, make_cache_dir
+from dualblade.targets import TargetKind, find_target, open_target, open_volume
+from dualblade.tensors import TensorKey
 from dualblade.units import GIB, MIB
 from spdk_glue import PAGE, READ, WRITE, Queue, QueueOptions, Region, plain
 
@@ -33,39 +34,49 @@ Reference = Callable[[str], float]
 
 @dataclass(frozen=True, slots=True)
 class IoBench:
-    """size: bytes of the file, a multiple of 128 MiB. rounds: times each measurement is repeated."""
+    """size: bytes that are measured in, a multiple of 128 MiB. rounds: times each measurement is repeated.
+    nvme: a TARGET of the kernel's with a volume of ours; None for a file that is made in `folder`."""
 
     folder: Path
     size: int = GIB
     queue_depth: int = 32
     command_bytes: int = MIB
     rounds: int = 5
+    nvme: str | None = None
 
     @property
     def options(self) -> QueueOptions:
         return QueueOptions(self.queue_depth, self.command_bytes)
 
 
+class Ground(NamedTuple):
+    """Random bytes to measure on: `path`, open with O_DIRECT as `fd`, from `start` on."""
+
+    path: Path
+    fd: int
+    start: int = 0
+
+
 def run_io_bench(bench: IoBench, say: Callable[[str], None]) -> dict[str, Any]:
     """The record of `bench io --json`: medians in GiB/s, ratios, and every single round."""
     with (
-        random_file(bench.folder, bench.size, say) as (file, fd),
-        Queue.files([fd], bench.options) as queue,
-        Queue.files([fd], bench.options, engine="posix") as posix,
+        _ground(bench, say) as ground,
+        Queue.files([ground.fd], bench.options) as queue,
+        Queue.files([ground.fd], bench.options, engine="posix") as posix,
     ):
         with Region(TENSOR_BYTES) as region:
             _touch(region)
             registered = queue.register(region)
-            fio = _reference(bench, file, queue, registered == region.size, say)
+            fio = _reference(bench, ground, queue, registered == region.size, say)
             rounds = []
             for number in range(bench.rounds):
                 say(f"round {number + 1} of {bench.rounds}")
-                rounds.append(_one_round(bench, queue, posix, region, fio))
+                rounds.append(_one_round(bench, queue, posix, region, fio, ground.start))
             queue.unregister(region)
         stats, engine, reason = queue.stats(), queue.engine, queue.reason
     rounds = [made | {"page_cache": cached} for made, cached in zip(rounds, _page_cache(bench), strict=True)]
     record = {
-        "target": str(bench.folder),
+        "target": bench.nvme or str(bench.folder),
         "engine": engine,
         "reason": reason,
         "size_bytes": bench.size,
@@ -120,8 +131,33 @@ def random_file(folder: Path, size: int, say: Callable[[str], None]) -> Iterator
         os.unlink(name)
 
 
+@contextmanager
+def _ground(bench: IoBench, say: Callable[[str], None]) -> Iterator[Ground]:
+    """Raises TargetError, VolumeError, CapacityError."""
+    if bench.nvme is None:
+        with random_file(bench.folder, bench.size, say) as (path, fd):
+            yield Ground(path, fd)
+        return
+    target = find_target(bench.nvme)
+    if target.kind not in (TargetKind.FILE, TargetKind.BLOCK):
+        raise UsageError(f"{bench.nvme!r} is no drive to measure", "name a block device, or leave --nvme out")
+    make_cache_dir(bench.folder)
+    with open_target(target, capacity=None, cache_dir=bench.folder, create=False) as opened:
+        assert opened.path is not None
+        volume = open_volume(opened)
+        extent = volume.allocate(TensorKey(0, "K"), bench.size)
+        say(f"writing {bench.size // MIB} MiB of random bytes to an extent of {opened.name}")
+        _write_random(opened.queue, [(extent.offset, extent.nbytes, 0)])
+        fd = os.open(opened.path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            yield Ground(opened.path, fd, extent.offset)
+        finally:
+            os.close(fd)
+            volume.free([extent])
+
+
 def _reference(
-    bench: IoBench, file: Path, queue: Queue, fixed: bool, say: Callable[[str], None]
+    bench: IoBench, ground: Ground, queue: Queue, fixed: bool, say: Callable[[str], None]
 ) -> Reference | None:
     """GiB/s of fio, by "read" or "write", as the engine drives the file: with registered buffers only where
     the engine could register its own."""
@@ -130,28 +166,30 @@ def _reference(
     if queue.engine != "uring":
         say("no io_uring here, so fio is no reference and left out")
         return None
-    return lambda rw: run_fio(file, rw, bench.size, bench.command_bytes, bench.queue_depth, fixed)
+    return lambda rw: run_fio(
+        ground.path, rw, bench.size, bench.command_bytes, bench.queue_depth, fixed, ground.start
+    )
 
 
 def _one_round(
-    bench: IoBench, queue: Queue, posix: Queue, region: Region, fio: Reference | None
+    bench: IoBench, queue: Queue, posix: Queue, region: Region, fio: Reference | None, start: int
 ) -> dict[str, float]:
     speeds = {
-        "engine_read": _engine(bench, queue, region, READ),
-        "posix_read": _engine(bench, posix, region, READ),
-        "tensor_engine": _engine(bench, queue, region, READ, ahead=1),
-        "tensor_store": _store(bench, queue),
-        "tensor_checksum": _store(bench, queue, checksum=True),
+        "engine_read": _engine(bench, queue, region, READ, start),
+        "posix_read": _engine(bench, posix, region, READ, start),
+        "tensor_engine": _engine(bench, queue, region, READ, start, ahead=1),
+        "tensor_store": _store(bench, queue, start),
+        "tensor_checksum": _store(bench, queue, start, checksum=True),
     }
     if fio:
         speeds["fio_read"] = fio("read")
-    speeds["engine_write"] = _engine(bench, queue, region, WRITE)
+    speeds["engine_write"] = _engine(bench, queue, region, WRITE, start)
     if fio:
         speeds["fio_write"] = fio("write")
     return speeds
 
 
-def _engine(bench: IoBench, queue: Queue, region: Region, op: int, ahead: int = 4) -> float:
+def _engine(bench: IoBench, queue: Queue, region: Region, op: int, start: int = 0, ahead: int = 4) -> float:
     """GiB/s of one sequential pass, `ahead` transfers submitted at a time."""
     step = TENSOR_BYTES if ahead == 1 else TENSOR_BYTES // ahead
     begun = time.perf_counter()
@@ -159,16 +197,17 @@ def _engine(bench: IoBench, queue: Queue, region: Region, op: int, ahead: int = 
     for offset in range(0, bench.size, step):
         if len(tags) == ahead:
             queue.wait(tags.pop(0))
-        tags.append(queue.submit(op, [plain(offset, region.address + offset % TENSOR_BYTES, step)]))
+        tags.append(queue.submit(op, [plain(start + offset, region.address + offset % TENSOR_BYTES, step)]))
     for tag in tags:
         queue.wait(tag)
     return bench.size / GIB / (time.perf_counter() - begun)
 
 
-def _store(bench: IoBench, queue: Queue, checksum: bool = False) -> float:
+def _store(bench: IoBench, queue: Queue, start: int, checksum: bool = False) -> float:
     """GiB/s of loading whole 128 MiB tensors one after the other through the store."""
     layers = bench.size // TENSOR_BYTES // 2
-    return load_speed(kv_store(queue, CpuDevice(torch.bfloat16), layers), checksum)
+    path = RawPath(queue, start)
+    return load_speed(kv_store(queue, CpuDevice(torch.bfloat16), layers, path=path), checksum)
 
 
 def load_speed(store: KVStore, checksum: bool = False) -> float:
@@ -205,7 +244,8 @@ def _page_cache(bench: IoBench) -> list[float]:
     try:
         store = kv_store(path.queue, CpuDevice(torch.bfloat16), 1, path=path)
         _touch(store.pool.region)
-        _write_random(path.queue, [segment.room for t in store.tensors.values() for segment in t.segments])
+        rooms = [segment.room for tensor in store.tensors.values() for segment in tensor.segments]
+        _write_random(path.queue, [(room.offset, room.nbytes, room.file) for room in rooms])
         speeds = []
         for _ in range(bench.rounds):
             begun = time.perf_counter()
@@ -218,11 +258,14 @@ def _page_cache(bench: IoBench) -> list[float]:
         path.close()
 
 
-def _write_random(queue: Queue, rooms: list[Room]) -> None:
+def _write_random(queue: Queue, places: Iterable[tuple[int, int, int]]) -> None:
+    """places: (offset, bytes, file) of each."""
     with Region(TENSOR_BYTES) as region:
         region.buffer()[:] = os.urandom(TENSOR_BYTES)
-        for room in rooms:
-            queue.run(WRITE, [plain(room.offset, region.address, room.nbytes, room.file)])
+        for begin, nbytes, file in places:
+            for offset in range(begin, begin + nbytes, TENSOR_BYTES):
+                part = min(TENSOR_BYTES, begin + nbytes - offset)
+                queue.run(WRITE, [plain(offset, region.address, part, file)])
 
 
 def _summary(rounds: list[dict[str, float]]) -> dict[str, Any]:

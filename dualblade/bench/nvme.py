@@ -31,7 +31,7 @@ from dualblade.emulate import EmulatedTarget
 from dualblade.errors import CapacityError, UsageError
 from dualblade.extents import Extent
 from dualblade.superblock import capacity_for
-from dualblade.targets import OpenTarget, Target, open_target, parse_target
+from dualblade.targets import OpenTarget, Target, find_target, open_target
 from dualblade.tensors import TensorKey
 from dualblade.units import GIB, KIB, MIB, format_size, round_up
 from dualblade.volume import Volume
@@ -74,7 +74,7 @@ class NvmeBench:
 
     @property
     def target(self) -> Target:
-        return parse_target(self.text)
+        return find_target(self.text)
 
     @property
     def tensor_bytes(self) -> int:

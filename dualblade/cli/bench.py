@@ -31,7 +31,8 @@ def bench() -> None:
 @click.option(
     "--nvme",
     metavar="TARGET",
-    help="Through SPDK: a PCI address or transport id, with a volume of ours, which is written to.",
+    help="A drive with a volume of ours, which is written to: a block device, or through SPDK a bound "
+    "one, a PCI address or a transport id.",
 )
 @click.option(
     "--emulate",
@@ -40,8 +41,10 @@ def bench() -> None:
     "on which io_uring is measured too.",
 )
 @click.option("--size", default="1G", show_default=True, help="Of the test file; a multiple of 256M.")
-@click.option("--queue-depth", type=click.IntRange(1, 1024), help="Of a file. [default: 32]")
-@click.option("--command", "command_size", metavar="SIZE", help="Size of a file's commands. [default: 1M]")
+@click.option("--queue-depth", type=click.IntRange(1, 1024), help="Through the kernel. [default: 32]")
+@click.option(
+    "--command", "command_size", metavar="SIZE", help="Size of the kernel's commands. [default: 1M]"
+)
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
 @click.option("--seconds", type=click.IntRange(1, 60), help="Of each measurement through SPDK. [default: 1]")
 @json_option
@@ -64,21 +67,30 @@ def io(
     nbytes = parse_size(size, "--size")
     if nbytes % STEP or not nbytes:
         raise UsageError(f"--size {size} is not a multiple of 256M", "write e.g. 1G")
-    if nvme is None and not emulate:
-        if seconds:
-            raise UsageError("--seconds is for --nvme and --emulate")
-        _io_file(as_json, cache_dir, nbytes, queue_depth or 32, command_size or "1M", rounds)
-        return
     if nvme and emulate:
         raise UsageError("--emulate makes its own target", "leave --nvme or --emulate out")
+    if not emulate and not _by_spdk(nvme):
+        if seconds:
+            raise UsageError("--seconds is for what SPDK drives")
+        _io_file(as_json, cache_dir, nvme, nbytes, queue_depth or 32, command_size or "1M", rounds)
+        return
     if queue_depth or command_size or (nvme and cache_dir):
-        raise UsageError("--cache-dir, --queue-depth and --command are for a file")
+        raise UsageError("--cache-dir, --queue-depth and --command are for what the kernel drives")
     _io_nvme(as_json, nvme, cache_dir, nbytes, rounds, seconds or 1)
 
 
+def _by_spdk(nvme: str | None) -> bool:
+    if nvme is None:
+        return False
+    from dualblade.targets import find_target
+
+    return find_target(nvme).by_spdk
+
+
 def _io_file(
-    as_json: bool, cache_dir: Path | None, nbytes: int, queue_depth: int, command_size: str, rounds: int
-) -> None:
+    as_json: bool, cache_dir: Path | None, nvme: str | None, nbytes: int, queue_depth: int,
+    command_size: str, rounds: int,
+) -> None:  # fmt: skip
     command_bytes = parse_size(command_size, "--command")
     if command_bytes % 4096 or command_bytes > 4 * MIB:
         raise UsageError(f"--command {command_size} is not a multiple of 4K up to 4M", "write e.g. 1M")
@@ -92,9 +104,9 @@ def _io_file(
             "fio is not installed, so the engine has no reference here (Debian: apt-get install fio)"
         )
     folder = cache_dir or default_cache_dir()
-    made = IoBench(folder, nbytes, queue_depth, command_bytes, rounds)
+    made = IoBench(folder, nbytes, queue_depth, command_bytes, rounds, nvme)
     record = run_io_bench(made, lambda text: screen.print(f"[dim]{text}[/dim]"))
-    remember(folder, None, record["tensor_store_gib_s"], record["page_cache_gib_s"])
+    remember(folder, nvme, record["tensor_store_gib_s"], record["page_cache_gib_s"])
     emit(record, as_json, _show)
 
 

@@ -4,51 +4,44 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from dualblade.cli.output import emit, json_option
 from dualblade.config import default_cache_dir
-from dualblade.host import checks, surroundings
+from dualblade.host import checks, software_checks
+from dualblade.host import doctor_command as command
 
 EXAMPLE = """\b
 Example:
   dualblade-spdk doctor --cache-dir /mnt/nvme/dualblade"""
 
 
-@click.command(epilog=EXAMPLE)
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Look at this folder, not the default.")
+@click.command(help=command.SUMMARY, epilog=EXAMPLE)
+@click.option("--cache-dir", type=click.Path(path_type=Path), help=command.CACHE_DIR_HELP)
+@click.option("--thorough", is_flag=True, help="Import torch, too, in a process of its own: takes seconds.")
 @json_option
 @click.pass_context
-def doctor(ctx: click.Context, cache_dir: Path | None, as_json: bool) -> None:
-    """Check this machine; changes nothing. Exit 1 if a check fails."""
-    found = examine(cache_dir or default_cache_dir())
-    record = {"checks": [asdict(check) for check in found], "ok": all(c.state != checks.FAIL for c in found)}
-    emit(record, as_json, show)
+def doctor(ctx: click.Context, cache_dir: Path | None, thorough: bool, as_json: bool) -> None:
+    record = command.as_record(examine(cache_dir or default_cache_dir(), thorough))
+    emit(record, as_json, lambda record: click.echo("\n".join(command.lines(record))))
     ctx.exit(0 if record["ok"] else 1)
 
 
-def examine(cache_dir: Path) -> list[checks.Check]:
+def examine(cache_dir: Path, thorough: bool = False) -> list[checks.Check]:
     engines, problem = built_engines()
     found = [checks.python_version(), checks.c_engine(engines, problem, rebuild_command())]
     if "uring" in engines:
         found.append(checks.io_uring(*try_ring()))
-    found += [checks.memlock(), checks.cache_folder(cache_dir)]
-    if found[-1].state == checks.OK:
-        found += [look(cache_dir) for look in (checks.filesystem, checks.direct_io, checks.free_space)]
-    found += [surroundings.kernel(), surroundings.container(), surroundings.drives()]
-    found += [
-        checks.memory_cgroup(),
-        surroundings.delegation(),
-        checks.hugepages(),
-        checks.swap(),
-        checks.torch(),
-        checks.spdk(spdk_version() if engines else None, rebuild_command()),
+    return [
+        *found,
+        checks.memlock(),
+        *command.folder_checks(cache_dir),
+        *command.machine_checks(),
+        software_checks.torch_import() if thorough else software_checks.torch(software_checks.torch_folder()),
+        software_checks.spdk(spdk_version() if engines else None, rebuild_command()),
     ]
-    return found
 
 
 def built_engines() -> tuple[list[str], str | None]:
@@ -80,10 +73,3 @@ def try_ring() -> tuple[OSError | None, str | None]:
         except OSError as error:
             return error, spdk_glue.why_no_uring(error)
     return None, None
-
-
-def show(record: dict[str, Any]) -> None:
-    for check in record["checks"]:
-        click.echo(f"{check['state']:<5} {check['name']}: {check['detail']}")
-        if check["fix"]:
-            click.echo(f"      fix: {check['fix']}")

@@ -93,9 +93,9 @@ def wipe(target: str, as_json: bool) -> None:
 @contextmanager
 def _opened(text: str, capacity: int | None = None, create: bool = False) -> Iterator[OpenTarget]:
     """Imports the engine here, so that --help works without it."""
-    from dualblade.targets import TargetKind, open_target, parse_target
+    from dualblade.targets import TargetKind, find_target, open_target
 
-    target = parse_target(text)
+    target = find_target(text)
     if target.kind is TargetKind.MEMORY:
         raise UsageError(f"{text} lives only as long as a process", "name a file or a block device")
     with open_target(target, capacity=capacity, cache_dir=Path(), create=create) as opened:

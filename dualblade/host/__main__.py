@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dualblade.errors import DualBladeError
-from dualblade.host import bind_command, hugepages_command, status_command, unbind_command
+from dualblade.host import bind_command, doctor_command, hugepages_command, status_command, unbind_command
 from dualblade.host.command import host_command
 from dualblade.host.sysfs import Host
 
-_COMMANDS = (bind_command, unbind_command, status_command, hugepages_command)
+_COMMANDS = (bind_command, unbind_command, status_command, hugepages_command, doctor_command)
 
 
 class Parser(argparse.ArgumentParser):

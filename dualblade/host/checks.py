@@ -9,7 +9,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,10 @@ from pathlib import Path
 
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import memory_cgroups, tightest
-from dualblade.host.meminfo import machine_memory
+from dualblade.host.command import as_root, host_command
+from dualblade.host.hugepages import PAGE, Pool, pools
+from dualblade.host.journal import USERSPACE_DRIVERS
+from dualblade.host.pci import nvme_devices
 from dualblade.host.sysfs import Host
 from dualblade.units import GIB, format_size
 
@@ -26,6 +28,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 HOST = Host()
 MEMLOCK_WANTED = 1 * GIB
 _INSTEAD = "posix threads move the bytes instead, slower on a fast drive"
+_LIMITS = "/etc/security/limits.d/90-dualblade.conf"
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 SLOW = {
     "overlay": "an overlay: its upper layer decides the speed",
@@ -104,8 +107,9 @@ def memlock(limit: int | None = None, privileged: bool | None = None) -> Check:
     return Check(
         "memlock",
         WARN,
-        f"{format_size(soft)}: staging memory beyond it is not registered, which costs CPU time",
-        'echo "* - memlock unlimited" >> /etc/security/limits.d/dualblade.conf, then log in again',
+        f"{format_size(soft)}: staging memory beyond it is not registered, which costs CPU time, and VFIO "
+        "refuses it to a bound drive",
+        f"echo '* - memlock unlimited' | {as_root(['tee', _LIMITS])}, then log in again",
     )
 
 
@@ -214,13 +218,26 @@ def memory_cgroup(host: Host = HOST) -> Check:
 
 
 def hugepages(host: Host = HOST) -> Check:
-    memory = machine_memory(host)
-    if not memory.hugepages_total:
+    """SPDK's memory; without them it takes ordinary memory, with an IOMMU alone."""
+    found = [pool for pool in pools(host) if pool.page == PAGE]
+    total = sum(pool.nbytes for pool in found)
+    if total:
+        free = format_size(sum(pool.free for pool in found) * PAGE)
+        return Check("hugepages", OK, f"{format_size(total)} reserved, {free} free{_by_node(found)}")
+    bound = [device.bdf for device in nvme_devices(host) if device.driver in USERSPACE_DRIVERS]
+    if not bound:
         return Check("hugepages", OK, "none reserved: staging takes transparent hugepages instead")
-    size = format_size(memory.hugepages_total * memory.hugepage_bytes)
     return Check(
-        "hugepages", OK, f"{size} reserved, {format_size(memory.hugepages_free * memory.hugepage_bytes)} free"
-    )
+        "hugepages", WARN, f"none reserved, and SPDK drives {bound[0]} best from them",
+        host_command("hugepages", "--reserve", "1G"),
+    )  # fmt: skip
+
+
+def _by_node(found: Sequence[Pool]) -> str:
+    if len(found) < 2:
+        return ""
+    parts = [f"node {pool.node}: {format_size(pool.free * PAGE)}" for pool in found]
+    return f" ({', '.join(parts)})"
 
 
 def swap(host: Host = HOST) -> Check:
@@ -228,45 +245,6 @@ def swap(host: Host = HOST) -> Check:
     if not devices:
         return Check("swap", OK, "off")
     return Check("swap", WARN, f"on ({', '.join(devices)}): weights may be swapped out", "swapoff -a")
-
-
-# software ----------------------------------------------------------------------------------------
-
-_TORCH = "import torch; print(torch.__version__, torch.cuda.device_count())"
-
-
-def torch(python: str = sys.executable) -> Check:
-    """Asked in a process of its own: importing torch takes seconds and hundreds of MiB."""
-    try:
-        done = subprocess.run(
-            [python, "-c", _TORCH], capture_output=True, text=True, timeout=120, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("torch", FAIL, f"cannot be asked: {error}", "pip install torch")
-    words = done.stdout.split()
-    if done.returncode or len(words) != 2:
-        last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        return Check("torch", FAIL, f"cannot be imported: {last}", "pip install torch")
-    devices = "no CUDA device: models run on the CPU" if words[1] == "0" else f"{words[1]} CUDA device(s)"
-    return Check("torch", OK, f"{words[0]}, {devices}")
-
-
-_GET_SPDK = "https://spdk.io/doc/getting_started.html"
-
-
-def spdk(version: str | None, rebuild: str) -> Check:
-    """`version` of SPDK in the build, or None. Without it NVMe is driven through the kernel."""
-    if version:
-        return Check("spdk", OK, f"built with SPDK {version}")
-    try:
-        found = subprocess.run(["pkg-config", "--exists", "spdk_nvme"], check=False).returncode == 0
-    except OSError:
-        found = False
-    if found:
-        return Check("spdk", WARN, "pkg-config finds SPDK, but the engine was built without it", rebuild)
-    return Check(
-        "spdk", OK, f"built without SPDK: pkg-config finds no spdk_nvme (how to get it: {_GET_SPDK})"
-    )
 
 
 def _read(host: Host, path: str) -> str:

@@ -147,7 +147,9 @@ def reserve(host: Host, nbytes: int, node: int | None, added: dict[int | None, A
         try:
             _grow(host, seen, wanted, node)
         finally:
-            _record(host, _with(added, seen, pools_of(host, node)))
+            now = _with(added, seen, pools_of(host, node))
+            if now != added:
+                _record(host, now)
     return Change(_kept(seen) * PAGE, _kept(pools_of(host, node)) * PAGE, wanted * PAGE)
 
 

@@ -56,10 +56,10 @@ def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
 
 
 def _refused(error: OSError, args: argparse.Namespace) -> ConfigError:
-    hint = None
     if isinstance(error, PermissionError):
-        hint = _again(args)
-    elif error.errno == errno.EROFS:
+        return ConfigError("the pool of hugepages is root's to change", _again(args))
+    hint = None
+    if error.errno == errno.EROFS:
         hint = "in a container the pool is the host's: reserve hugepages there"
     return ConfigError(f"{error.filename} cannot be written: {error.strerror}", hint)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of machine this is: WSL, a container, a cgroup of its own, a spare NVMe drive."""
+"""What kind of machine this is: WSL, an old kernel, a container, a cgroup of its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import re
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import memory_cgroups
 from dualblade.host.checks import HOST, OK, WARN, Check
+from dualblade.host.command import as_root
 from dualblade.host.sysfs import Host
 
+_OVERLAY = re.compile(r"^\S+ \S+ \S+ \S+ / .* - (fuse-)?overlay", re.MULTILINE)
 _CONTAINER_PATHS = re.compile(r"docker|containerd|kubepods|libpod|lxc")
 
 
 def kernel(host: Host = HOST) -> Check:
     """WSL2 names itself in the kernel's release."""
-    release = _read(host, "/proc/sys/kernel/osrelease").strip()
+    release = host.attribute("/proc/sys/kernel/osrelease")
     if "microsoft" not in release.lower():
         return Check("kernel", OK, release or "unknown")
     return Check(
@@ -27,11 +29,42 @@ def kernel(host: Host = HOST) -> Check:
     )
 
 
+def kernel_features(host: Host = HOST) -> Check:
+    """What of the kernel is used where it is there. io_uring has a check of its own."""
+    features = _features(host)
+    detail = ", ".join(name for name, (present, _) in features.items() if present) or "none"
+    if missing := [name for name, (present, _) in features.items() if not present]:
+        detail += f"; without {', '.join(missing)}"
+    fixes = [fix for present, fix in features.values() if fix and not present]
+    return Check("kernel features", WARN if fixes else OK, detail, fixes[0] if fixes else None)
+
+
+def _features(host: Host) -> dict[str, tuple[bool, str | None]]:
+    """Whether each is there, and the remedy where its absence matters."""
+    version = _version(host)
+    pages = "/sys/kernel/mm/transparent_hugepage/enabled"
+    transparent = re.search(r"\[(always|madvise)\]", host.attribute(pages)) is not None
+    return {
+        "hugepages": (bool(host.names("/sys/kernel/mm/hugepages")), "run a kernel with CONFIG_HUGETLBFS"),
+        "transparent hugepages": (transparent, f"echo madvise | {as_root(['tee', pages])}"),
+        "NVMe passthrough by io_uring": (version >= (5, 19), "run on Linux 5.19 or later"),
+        "cachestat": (version >= (6, 5), None),  # mincore takes its place
+        "memory pressure": (host.exists("/proc/pressure/memory"), None),
+    }
+
+
+def _version(host: Host) -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", host.attribute("/proc/sys/kernel/osrelease"))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def container(host: Host = HOST) -> Check:
     # The marks of an image are left where a virtual machine was made of it; an overlay below / is not.
     marked = any(host.exists(path) for path in ("/.dockerenv", "/run/.containerenv"))
-    overlay = re.search(r"^\S+ \S+ \S+ \S+ / .* - (fuse-)?overlay", _read(host, "/proc/self/mountinfo"), re.M)
-    if not (marked and overlay) and not _CONTAINER_PATHS.search(_read(host, "/proc/self/cgroup")):
+    overlay = re.search(
+        r"^\S+ \S+ \S+ \S+ / .* - (fuse-)?overlay", host.attribute("/proc/self/mountinfo"), re.M
+    )
+    if not (marked and overlay) and not _CONTAINER_PATHS.search(host.attribute("/proc/self/cgroup")):
         return Check("container", OK, "none seen")
     return Check(
         "container",
@@ -57,46 +90,3 @@ def delegation(host: Host = HOST) -> Check:
         f"{levels[0].path} is not writable: the budget is kept by planning, nothing enforces it",
         "systemd-run --user --scope -p MemoryMax=6G dualblade-spdk run ..., if it should be enforced",
     )
-
-
-def drives(host: Host = HOST) -> Check:
-    """Is there an NVMe drive that the system does not run from?"""
-    names = [name for name in _listdir(host, "/sys/block") if name.startswith("nvme")]
-    if not names:
-        return Check("nvme", OK, "no NVMe drive: the direct path uses a file in the cache folder")
-    root = _root_disk(host)
-    spare = [name for name in names if name != root]
-    if spare:
-        return Check("nvme", OK, f"beside the system's own: {', '.join(spare)}")
-    return Check(
-        "nvme",
-        WARN,
-        f"{root} is the only NVMe drive, and the system runs from it",
-        "use a file on it (the default); it can never be given to a volume of its own",
-    )
-
-
-def _root_disk(host: Host) -> str | None:
-    """The disk, as /sys/block names it, that / is mounted from."""
-    for fields in map(str.split, _read(host, "/proc/self/mountinfo").splitlines()):
-        if len(fields) > 4 and fields[4] == "/":
-            for disk in _listdir(host, "/sys/block"):
-                parts = [p for p in _listdir(host, f"/sys/block/{disk}") if p.startswith(disk)]
-                if any(_read(host, f"/sys/block/{place}/dev").strip() == fields[2]
-                       for place in [disk, *(f"{disk}/{part}" for part in parts)]):  # fmt: skip
-                    return disk
-    return None
-
-
-def _listdir(host: Host, path: str) -> list[str]:
-    try:
-        return host.listdir(path)
-    except OSError:
-        return []
-
-
-def _read(host: Host, path: str) -> str:
-    try:
-        return host.read_text(path)
-    except OSError:
-        return ""

@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from loop_devices import loop_device
 
 from dualblade.cli.main import main
 from dualblade.cli.volume import volume
@@ -263,33 +262,26 @@ def test_a_scanner_that_fails_is_no_all_clear(tmp_path: Path) -> None:
         scan_signatures(tmp_path / "disk", str(tmp_path))
 
 
-@pytest.fixture
-def loop_device(tmp_path: Path) -> Iterator[str]:
-    image = tmp_path / "disk.img"
-    image.write_bytes(bytes(16 * MIB + 512))  # no whole number of LBAs
-    made = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"needs loop devices: {made.stderr.strip()}")
-    subprocess.run(["blockdev", "--setrw", made.stdout.strip()], check=True)
-    yield made.stdout.strip()
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+@pytest.mark.needs("loop")
+def test_a_block_device_from_end_to_end(tmp_path: Path) -> None:
+    size = 16 * MIB + 512  # no whole number of LBAs
+    with loop_device(tmp_path / "disk.img", size) as node:
+        check_from_end_to_end(node, size)
 
 
-@pytest.mark.needs("root")
-def test_a_block_device_from_end_to_end(loop_device: str) -> None:
-    name = os.path.basename(loop_device)
-    size = 16 * MIB + 512
+def check_from_end_to_end(node: str, size: int) -> None:
+    name = os.path.basename(node)
     for at in (size - 512, 4096 - 10):  # the last sector, and a swap space's signature
-        with open(loop_device, "r+b") as device:
+        with open(node, "r+b") as device:
             device.seek(at)
             device.write(b"SWAPSPACE2")
-        error = refused("create", loop_device)
+        error = refused("create", node)
         assert f"(block device, serial {name}, 16 MiB) is not empty" in error.message
-    made = record("create", loop_device, "--i-know-this-erases", name)
+    made = record("create", node, "--i-know-this-erases", name)
     assert (made["serial"], made["capacity_bytes"]) == (name, 16 * MIB)
-    with open(loop_device, "rb") as device:
+    with open(node, "rb") as device:
         device.seek(-MIB, os.SEEK_END)
         assert not any(device.read())
-    assert record("check", loop_device)["ok"] is True
-    record("wipe", loop_device)
-    assert record("create", loop_device)["generation"] == 2
+    assert record("check", node)["ok"] is True
+    record("wipe", node)
+    assert record("create", node)["generation"] == 2

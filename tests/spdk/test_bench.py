@@ -151,10 +151,11 @@ def test_perf_is_read_and_its_failure_told(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--nvme", "kv.img"], "not for SPDK's driver"),
+        (["--nvme", "mem:1G"], "is no drive to measure"),
+        (["--nvme", "kv.img", "--seconds", "2"], "is for what SPDK drives"),
         (["--nvme", "0000:01:00.0", "--emulate"], "makes its own target"),
-        (["--emulate", "--queue-depth", "8"], "are for a file"),
-        (["--seconds", "2"], "is for --nvme and --emulate"),
+        (["--emulate", "--queue-depth", "8"], "are for what the kernel drives"),
+        (["--seconds", "2"], "is for what SPDK drives"),
     ],
 )
 def test_options_that_make_no_sense(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import pytest
 
 from dualblade.cli import doctor
 from dualblade.cli.main import main
-from dualblade.host import checks, surroundings
+from dualblade.host import checks, drive_checks, software_checks, surroundings
 from dualblade.host.checks import FAIL, OK, WARN, Check
 from dualblade.host.sysfs import Host
 from dualblade.units import GIB, KIB, MIB
 
 NAMES = [
     "python", "engine", "io_uring", "memlock", "cache folder", "filesystem", "O_DIRECT", "free space",
-    "kernel", "container", "nvme", "memory cgroup", "cgroup delegation", "hugepages", "swap", "torch", "spdk",
+    "kernel", "kernel features", "container", "iommu", "vfio-pci", "nvme", "memory cgroup",
+    "cgroup delegation", "hugepages", "swap", "cuda", "torch", "spdk",
 ]  # fmt: skip
 
 
@@ -36,15 +38,21 @@ def machine(root: Path, **files: str) -> Host:
 
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which every check passes, and no second spent on importing torch."""
+    """A machine on which every check passes."""
     monkeypatch.setattr(doctor, "built_engines", lambda: (["uring", "posix", "mem", "null"], None))
     monkeypatch.setattr(doctor, "try_ring", lambda: (None, None))
     for name in ("filesystem", "direct_io", "free_space"):
         monkeypatch.setattr(checks, name, lambda _, name=name: Check(name.replace("_", " "), OK, "good"))
-    for name in ("kernel", "container", "drives", "delegation"):
-        monkeypatch.setattr(surroundings, name, lambda name=name: Check(name, OK, "good"))
-    for name in ("memlock", "memory_cgroup", "hugepages", "swap", "torch", "spdk"):
-        monkeypatch.setattr(checks, name, lambda *_, name=name: Check(name.replace("_", " "), OK, "good"))
+    looks = {
+        surroundings: ["kernel", "kernel_features", "container", "delegation"],
+        drive_checks: ["iommu", "vfio"],
+        checks: ["memlock", "memory_cgroup", "hugepages", "swap"],
+        software_checks: ["torch", "spdk", "cuda"],
+    }
+    for module, names in looks.items():
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_, name=name: Check(name.replace("_", " "), OK, "good"))
+    monkeypatch.setattr(drive_checks, "drives", lambda _: [Check("nvme", OK, "good")])
 
 
 def test_all_well(healthy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +73,7 @@ def test_json_is_one_record(healthy: None, tmp_path: Path, capsys: pytest.Captur
 def test_a_failure_shows_its_fix(
     healthy: None, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, state: str, code: int
 ) -> None:
-    monkeypatch.setattr(checks, "swap", lambda: Check("swap", state, "on", "swapoff -a"))
+    monkeypatch.setattr(checks, "swap", lambda _: Check("swap", state, "on", "swapoff -a"))
     assert main(["doctor", "--cache-dir", str(tmp_path)]) == code
     assert f"{state:<5} swap: on\n      fix: swapoff -a\n" in capsys.readouterr().out
 
@@ -82,9 +90,8 @@ def test_an_engine_without_uring_skips_the_ring(
 def test_this_machine_changes_nothing_and_names_every_check(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "yet"
     engines, _ = doctor.built_engines()
-    assert [check.name for check in doctor.examine(folder)] == [
-        n for n in NAMES if n != "io_uring" or "uring" in engines
-    ]
+    found = dict.fromkeys(check.name for check in doctor.examine(folder))  # there is one nvme a drive
+    assert list(found) == [n for n in NAMES if n != "io_uring" or "uring" in engines]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,11 +260,17 @@ def test_memory_cgroup(tmp_path: Path) -> None:
     assert checks.memory_cgroup(Host(tmp_path / "none")).state == OK
 
 
+def pool(node: int, total: int, free: int) -> dict[str, str]:
+    folder = f"sys__devices__system__node__node{node}__hugepages__hugepages-2048kB"
+    numbers = {"nr": total, "free": free, "surplus": 0}
+    return {f"{folder}__{name}_hugepages": f"{number}\n" for name, number in numbers.items()}
+
+
 def test_hugepages(tmp_path: Path) -> None:
-    basis = "MemTotal: 100 kB\nMemAvailable: 50 kB\n"
-    assert "none reserved" in checks.hugepages(machine(tmp_path, proc__meminfo=basis)).detail
-    some = basis + "HugePages_Total: 512\nHugePages_Free: 256\nHugepagesize: 2048 kB\n"
-    assert checks.hugepages(machine(tmp_path, proc__meminfo=some)).detail == "1 GiB reserved, 512 MiB free"
+    assert "none reserved" in checks.hugepages(machine(tmp_path)).detail
+    assert checks.hugepages(machine(tmp_path, **pool(0, 512, 256))).detail == "1 GiB reserved, 512 MiB free"
+    two = checks.hugepages(machine(tmp_path, **pool(1, 512, 512)))
+    assert two.detail == "2 GiB reserved, 1.5 GiB free (node 0: 512 MiB, node 1: 1 GiB)"
 
 
 def test_swap(tmp_path: Path) -> None:
@@ -284,15 +297,71 @@ def fake_python(folder: Path, script: str) -> str:
         ("exit 1", FAIL, "no answer"),
     ],
 )
-def test_torch(tmp_path: Path, script: str, state: str, text: str) -> None:
-    check = checks.torch(fake_python(tmp_path, script))
+def test_torch_imported(tmp_path: Path, script: str, state: str, text: str) -> None:
+    check = software_checks.torch_import(fake_python(tmp_path, script))
     assert check.state == state
     assert text in check.detail
     assert check.fix == ("pip install torch" if state == FAIL else None)
 
 
+@pytest.mark.parametrize(
+    ("text", "state", "detail"),
+    [
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n", OK, "2.13.0+cpu, for the CPU alone"),
+        ("__version__ = '2.6.0+cu124'\ncuda: Optional[str] = '12.4'\n", OK, "2.6.0+cu124, for CUDA 12.4"),
+        ("", FAIL, "is not installed, or not whole"),
+    ],
+)
+def test_torch_by_its_files(tmp_path: Path, text: str, state: str, detail: str) -> None:
+    (tmp_path / "version.py").write_text(text)
+    found = software_checks.torch(tmp_path)
+    assert (found.state, found.detail) == (state, detail)
+    assert (
+        software_checks.torch(tmp_path / "none").fix == software_checks.torch(None).fix == "pip install torch"
+    )
+
+
+def test_torch_of_this_environment() -> None:
+    import torch
+
+    found = software_checks.torch(software_checks.torch_folder())
+    assert found.detail.startswith(torch.__version__)
+
+
+NVIDIA = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+NVIDIA_OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build\n"
+
+
+@pytest.mark.parametrize(("text", "number"), [(NVIDIA, "550.54.15"), (NVIDIA_OPEN, "570.86.10")])
+def test_cuda(tmp_path: Path, text: str, number: str) -> None:
+    host = machine(
+        tmp_path,
+        **{
+            "proc__driver__nvidia__version": text,
+            "proc__driver__nvidia__gpus__0000:01:00.0__information": "",
+        },
+    )
+    without = software_checks.cuda(host)
+    assert (without.state, without.detail) == (
+        WARN,
+        f"driver {number}, 1 GPU(s), but /dev/nvidiactl is missing",
+    )
+    assert "nvidia-modprobe" in str(without.fix)
+    machine(tmp_path, dev__nvidiactl="")
+    assert software_checks.cuda(host) == Check("cuda", OK, f"driver {number}, 1 GPU(s)")
+
+
+def test_a_gpu_without_its_driver(tmp_path: Path) -> None:
+    assert software_checks.cuda(Host(tmp_path)).state == OK
+    card = "sys__bus__pci__devices__0000:01:00.0__"
+    host = machine(tmp_path, **{f"{card}vendor": "0x10de\n", f"{card}class": "0x030000\n"})
+    found = software_checks.cuda(host)
+    assert found.state == WARN
+    assert "nvidia-driver" in str(found.fix)
+
+
 def test_torch_without_a_python(tmp_path: Path) -> None:
-    assert checks.torch(str(tmp_path / "nobody")).state == FAIL
+    assert software_checks.torch_import(str(tmp_path / "nobody")).state == FAIL
 
 
 @pytest.mark.parametrize(
@@ -305,14 +374,37 @@ def test_spdk_is_said_to_be_absent(
     (tmp_path / "pkg-config").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "pkg-config").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found = checks.spdk(None, "rebuild")
+    found = software_checks.spdk(None, "rebuild")
     assert (found.state, found.fix) == (state, fix)
     assert text in found.detail
-    assert checks.spdk("26.05", "rebuild").detail == "built with SPDK 26.05"
+    assert software_checks.spdk("26.05", "rebuild").detail == "built with SPDK 26.05"
 
 
-def test_doctor_itself_never_imports_torch() -> None:
+def test_doctor_from_a_bare_python(tmp_path: Path) -> None:
+    root = Path(checks.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "dualblade.host", "doctor", "--json", "--cache-dir", tmp_path],
+        capture_output=True, text=True, check=False, cwd=root, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    record = json.loads(done.stdout)
+    assert done.returncode == (0 if record["ok"] else 1)
+    names = {check["name"] for check in record["checks"]}
+    assert names == set(NAMES) - {"engine", "io_uring", "torch", "spdk"}
+
+
+def test_thorough_imports_torch_elsewhere(
+    healthy: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(software_checks, "torch_import", lambda: Check("torch", FAIL, "libgomp is missing"))
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 0
+    assert main(["doctor", "--thorough", "--cache-dir", str(tmp_path)]) == 1
+    assert "libgomp is missing" in capsys.readouterr().out
+
+
+def test_doctor_answers_at_once_and_never_imports_torch() -> None:
+    begun = time.monotonic()
     code = (
         "import sys; from dualblade.cli.main import main; main(['doctor']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert time.monotonic() - begun < 5  # importing torch takes seconds; a busy machine a part of one

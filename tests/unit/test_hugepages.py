@@ -368,7 +368,8 @@ def test_who_is_not_root_gets_the_whole_command(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert call(machine, "--reserve", "1G", "--node", "0") == 1
     error, hint = capsys.readouterr().err.splitlines()
-    assert error.endswith("nr_hugepages cannot be written: Permission denied")
+    assert error == "error: the pool of hugepages is root's to change"
+    assert not machine.exists(RECORD)
     assert hint.startswith("hint: sudo ")
     assert hint.endswith(f"{sys.executable} -P -m dualblade.host hugepages --reserve 1G --node 0")
 

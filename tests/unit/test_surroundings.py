@@ -63,30 +63,47 @@ def test_no_container(machine) -> None:
     )
 
 
-DISKS = {
-    "/sys/block/nvme0n1/dev": "259:0\n",
-    "/sys/block/nvme0n1/nvme0n1p2/dev": "259:2\n",
-    "/proc/self/mountinfo": "25 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw\n",
+MODERN = {
+    "/proc/sys/kernel/osrelease": "6.12.1\n",
+    "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": "0\n",
+    "/sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
+    "/proc/pressure/memory": "",
 }
 
 
-def test_the_only_nvme_is_the_boot_disk(machine) -> None:
-    found = surroundings.drives(machine(DISKS))
-    assert found.state == WARN
-    assert "nvme0n1" in found.detail
+def test_features_of_a_modern_kernel(machine) -> None:
+    found = surroundings.kernel_features(machine(MODERN))
+    assert (found.state, found.fix) == (OK, None)
+    assert "without" not in found.detail
 
 
-def test_a_spare_nvme(machine) -> None:
-    found = surroundings.drives(machine(DISKS | {"/sys/block/nvme1n1/dev": "259:5\n"}))
-    assert found.state == OK
-    assert "nvme1n1" in found.detail
-
-
-def test_no_nvme(machine) -> None:
-    found = surroundings.drives(machine({"/sys/block/vda/dev": "254:0\n"}))
-    assert found.state == OK
+@pytest.mark.parametrize(
+    ("changed", "state", "missing", "fix"),
+    [
+        ({"/proc/sys/kernel/osrelease": "6.1.0-26-amd64\n"}, OK, "without cachestat", ""),
+        ({"/proc/sys/kernel/osrelease": "5.15.0-91\n"}, WARN, "NVMe passthrough", "Linux 5.19"),
+        (
+            {"/sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"},
+            WARN,
+            "without transparent hugepages",
+            "tee /sys/kernel/mm/transparent_hugepage/enabled",
+        ),
+    ],
+)
+def test_features_that_are_missing(
+    machine, changed: dict[str, str], state: str, missing: str, fix: str
+) -> None:
+    found = surroundings.kernel_features(machine(MODERN | changed))
+    assert found.state == state
+    assert missing in found.detail
+    assert fix in (found.fix or "")
 
 
 def test_this_machine_is_looked_at_without_a_failure() -> None:
-    for look in (surroundings.kernel, surroundings.container, surroundings.delegation, surroundings.drives):
+    for look in (
+        surroundings.kernel,
+        surroundings.kernel_features,
+        surroundings.container,
+        surroundings.delegation,
+    ):
         assert look().state in (OK, WARN)
