@@ -21,7 +21,6 @@ enum {
     MAX_TRIES = 5, /* as often as the kernel sends a command of its own */
     MAX_DEPTH = 128,
     TRIAL_BYTES = 4096,
-    TRIAL_BUFFER = 1 << 20, /* more pages than a command takes segments, as those that matter have */
 };
 
 struct uring_cmd_engine {
@@ -123,7 +122,7 @@ static int send_again(struct uring_cmd_engine *engine, struct event *event)
     return event->result == 0;
 }
 
-/* Kernels before 6.12 refuse most commands with registered buffers. Then none has one any more. */
+/* Kernels before 6.12 refuse most commands with registered buffers: then none is sent with one any more. */
 static int was_refused(struct uring_cmd_engine *engine, struct event *event)
 {
     if (event->result != -EINVAL || !event->command->registered)
@@ -193,7 +192,7 @@ static int try_read(struct uring_cmd_engine *engine, void *page)
     struct io_uring_cqe *cqe;
     int error = uring_cmd_submit(engine, &command);
     if (!error)
-        error = io_uring_submit_and_wait(&engine->ring.uring, 1);
+        error = io_uring_submit(&engine->ring.uring);
     if (error < 0)
         return error;
     do
@@ -206,28 +205,15 @@ static int try_read(struct uring_cmd_engine *engine, void *page)
     return result;
 }
 
-static int try_in(struct uring_cmd_engine *engine, char *buffer)
-{
-    uint64_t address = (uint64_t)(uintptr_t)buffer;
-    engine->ring.can_register = ring_add_memory(engine, address, TRIAL_BUFFER);
-    int result = try_read(engine, buffer + TRIAL_BUFFER / 2);
-    ring_remove_memory(engine, address);
-    if (result == -EINVAL && engine->ring.can_register) {
-        engine->ring.can_register = 0;
-        result = try_read(engine, buffer);
-    }
-    return result;
-}
-
-/* Whether the kernel takes commands here at all, and registered buffers with them. A block that cannot be
- * read is no reason to refuse the others. */
+/* Whether the kernel takes commands here at all. A block that cannot be read is no reason to refuse the
+ * others. */
 static int try_commands(struct uring_cmd_engine *engine)
 {
-    char *buffer = aligned_alloc(TRIAL_BYTES, TRIAL_BUFFER);
-    if (!buffer)
+    void *page = aligned_alloc(TRIAL_BYTES, TRIAL_BYTES);
+    if (!page)
         return -ENOMEM;
-    int result = try_in(engine, buffer);
-    free(buffer);
+    int result = try_read(engine, page);
+    free(page);
     if (result == -EOPNOTSUPP)
         return -ENOSYS;
     return result < 0 ? result : 0;

@@ -271,15 +271,6 @@ def test_trim_forgets_these_blocks_alone(queue: Queue, block: Block) -> None:
 
 
 @on_a_drive
-def test_trim_past_the_end_is_the_drives_to_refuse(queue: Queue) -> None:
-    if not medium_of(queue).can_trim:
-        pytest.skip("the drive knows no deallocate")
-    with pytest.raises(TransferError) as caught:
-        queue.trim([(medium_of(queue).nbytes, PAGE)])
-    assert (caught.value.completion.sct, caught.value.completion.sc) == (0, 0x80)
-
-
-@on_a_drive
 def test_flush_after_writes_in_flight(queue: Queue, block: Block, regions) -> None:
     region = regions(CAPACITY)
     array(region)[:] = noise(CAPACITY)

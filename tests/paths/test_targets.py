@@ -152,13 +152,6 @@ def test_targets_of_spdk_are_refused_without_it(text: str) -> None:
     assert "install SPDK" in str(caught.value.hint)
 
 
-def test_targets_without_an_engine_are_refused() -> None:
-    with pytest.raises(TargetError, match="no engine for") as caught:
-        open_file("/dev/ng0n1")
-    assert caught.value.hint is not None
-    assert "mem:SIZE" in caught.value.hint
-
-
 # the default --------------------------------------------------------------------------------
 
 
