@@ -46,16 +46,17 @@ class GuestItem(pytest.Item):
 
 
 def guest_of(item: GuestItem) -> Guest:
-    """The machine's guest, started by the first test that asks, with all that were selected for it."""
+    """The machine's guest. The first test that asks starts all, each with the tests selected for it: one
+    keeps little more than one core busy."""
     guests = item.config.stash[_GUESTS]
-    if item.machine not in guests:
-        tests = [
-            other.nodeid
-            for other in item.session.items
-            if isinstance(other, GuestItem) and other.machine == item.machine
-        ]
+    if not guests:
+        selected: dict[str, list[str]] = {}
+        for other in item.session.items:
+            if isinstance(other, GuestItem):
+                selected.setdefault(other.machine, []).append(other.nodeid)
         factory: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
-        guests[item.machine] = Guest(item.machine, tests, factory.mktemp(item.machine))
+        for machine, tests in selected.items():
+            guests[machine] = Guest(machine, tests, factory.mktemp(machine))
     return guests[item.machine]
 
 

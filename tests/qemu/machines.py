@@ -27,6 +27,7 @@ class Drive:
     mib: tuple[int, ...] = (64,)
     bus: str = "pcie.0"
     subsystem: str = ""
+    metadata: int = 0  # bytes with each block
 
     @property
     def serial(self) -> str:
@@ -43,7 +44,7 @@ class Machine:
 MACHINES = {
     "iommu": Machine(
         (
-            Drive("BLANK0", (256,)),
+            Drive("BLANK0", (96,)),
             Drive("SPARE0"),
             Drive("TWO0", (32, 64)),
             Drive("GROUP0", bus="bridge"),
@@ -54,7 +55,10 @@ MACHINES = {
         1536,
         True,
     ),
-    "no-iommu": Machine((Drive("BLANK0", (256,)),), 1024, False),
+    # the kernel's driver and the IOMMU disagree about metadata, which is therefore here
+    "no-iommu": Machine(
+        (Drive("BLANK0", (96,)), Drive("SPARE0"), Drive("META0", (32,), metadata=8)), 1024, False
+    ),
 }
 
 
@@ -93,7 +97,10 @@ def _drive(drive: Drive, number: int, folder: Path) -> Sequence[str]:
         make_medium(folder / name, mib * MIB)
         words += ["-drive", f"file={folder / name},id={name},if=none,format=raw,cache=unsafe,discard=unmap"]
         shared = "on" if drive.subsystem else "off"
-        words += ["-device", f"nvme-ns,drive={name},bus={drive.name},nsid={index},shared={shared}"]
+        words += [
+            "-device",
+            f"nvme-ns,drive={name},bus={drive.name},nsid={index},shared={shared},ms={drive.metadata}",
+        ]
     return words
 
 

@@ -10,7 +10,14 @@ export PYTHONPATH=$REPO/tests/qemu HF_HUB_OFFLINE=1
 mkdir -p "$HOME" "$TMPDIR" /var/tmp /run/first
 printf '#!/bin/sh\nexec "$@"\n' >/run/first/sudo # hints say it; this is root anyway
 chmod +x /run/first/sudo
-[ -e /usr/sbin/modprobe ] || ln -s /run/bin/modprobe /usr/sbin/modprobe
+# busybox reads what its own depmod wrote, which kmod's modprobe does not, and knows no soft dependencies.
+cat >/run/modprobe <<'END'
+#!/bin/sh
+/run/bin/modprobe "$@" || exit
+[ "$*" != vfio-pci ] || exec /run/bin/modprobe vfio_iommu_type1
+END
+chmod +x /run/modprobe
+for folder in /sbin /usr/sbin; do rm -f $folder/modprobe && cp /run/modprobe $folder/modprobe; done
 for tool in dmsetup mdadm; do
     rm -f "/run/bin/$tool"
     printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' \

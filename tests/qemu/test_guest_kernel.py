@@ -33,15 +33,3 @@ def test_a_volume_is_made_checked_and_wiped(spare: Drive) -> None:
     assert any(spare.bytes_of(0, MIB))
     dualblade("volume", "wipe", spare.block)
     assert not any(spare.bytes_of(0, MIB))
-
-
-def test_a_run_keeps_its_cache_on_the_drive(spare: Drive) -> None:
-    dualblade("volume", "create", spare.block)
-    told = record(
-        "run", "--model", "tiny", "--prompt-len", "300", "--max-new-tokens", "6", "--mem-budget", "1G",
-        "--kv-path", "direct", "--nvme", spare.block, "--verify",
-    )  # fmt: skip
-    print(told)
-    assert told["paths"]["direct"]["engine"] == "uring"
-    assert told["paths"]["direct"]["write_bytes"] > 0
-    dualblade("volume", "wipe", spare.block)
