@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that does not copy K and V for every query head.
+"""Attention that does not copy K and V for every query head, and masks that come and go.
 
 With a mask, transformers repeats K and V to the number of query heads before it calls
 scaled_dot_product_attention. On the CPU the fused kernel takes the shared heads as they are, gives the
@@ -8,6 +8,9 @@ same bits, and needs no memory for copies of the whole context.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +22,46 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 GROUPED = "dualblade_sdpa"
 
 
+class Mask:
+    """A mask whose memory can be given back while nobody looks at it. Whoever holds the tensor, or a view
+    of it, finds the same bits there afterwards."""
+
+    def __init__(self, make: Callable[[], torch.Tensor | None], tensor: torch.Tensor):
+        self._make = make
+        self._storage = tensor.untyped_storage()
+        self.nbytes = self._storage.nbytes()
+
+    def drop(self) -> None:
+        self._storage.resize_(0)
+
+    def restore(self) -> None:
+        again = self._make()
+        assert again is not None, "the same arguments gave a mask before"
+        self._storage.resize_(self.nbytes)
+        self._storage.copy_(again.untyped_storage())
+
+
+# What a forward pass that pauses now and then has made; None in any other pass.
+masks_made: ContextVar[list[Mask] | None] = ContextVar("masks_made", default=None)
+
+
 def implementation(name: str) -> str:
     """The name under which transformers finds what the user calls `sdpa` or `eager`."""
     if name != "sdpa":
         return name
     AttentionInterface.register(GROUPED, grouped_sdpa)
-    AttentionMaskInterface.register(GROUPED, sdpa_mask)
+    AttentionMaskInterface.register(GROUPED, noted_mask)
     return GROUPED
+
+
+def noted_mask(*args: Any, **options: Any) -> torch.Tensor | None:
+    """transformers' own mask, entered in `masks_made`."""
+    make = partial(sdpa_mask, *args, **options)
+    mask = make()
+    made = masks_made.get()
+    if made is not None and mask is not None:
+        made.append(Mask(make, mask))
+    return mask
 
 
 def grouped_sdpa(

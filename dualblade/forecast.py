@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run in numbers before anything is loaded: the prefill chunk, the plan, what the device holds, and
-up to which context the page cache holds all KV."""
+"""One run in numbers before anything is loaded: how the prompt goes through, the plan, what the device
+holds, and up to which context the page cache holds all KV."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from dualblade.errors import BudgetError
 from dualblade.layers import kept_bytes, kv_specs
-from dualblade.models import activation_bytes
+from dualblade.models import activation_bytes, paused_bytes
 from dualblade.offload import make_request
 from dualblade.planner import RunPlan, make_plan
 from dualblade.residency import MemorySnapshot
@@ -19,9 +19,23 @@ from dualblade.tensors import PathKind
 from dualblade.units import format_size
 
 PREFILL_CHUNK, SMALLEST_CHUNK = 2048, 16
-# A longer chunk saves reading the cache once more, but every byte of it is one less for the page cache.
+FEWEST_ROWS = 512  # of a matrix product in prefill: fewer take longer
+# What prefill holds saves reading the cache again, but every byte of it is one less for the page cache.
 ACTIVATIONS_PART = 4
 LONGEST_CONTEXT = 1 << 24  # of a model that names no end
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """chunk: prompt tokens of one forward pass. span: tokens that pass a layer before the next one is
+    begun, a multiple of chunk; the cache is read once for every span after the first."""
+
+    chunk: int
+    span: int
+
+    def reread(self, prompt: int) -> int:
+        """Tokens of K and V that are read again while a prompt goes through."""
+        return sum(range(self.span, prompt, self.span))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +52,25 @@ class Forecast:
     all_logits: bool
     limit: int | None
 
-    def chunk_for(self, context: int, prompt: int, snapshot: MemorySnapshot) -> int:
-        """Tokens of one forward pass: the most that leaves the page cache its due, if they fit at all."""
+    def prefill_for(self, context: int, prompt: int, snapshot: MemorySnapshot) -> Prefill:
+        """How a prompt goes through: the cheapest way that reads nothing again, else the one that reads
+        least, of those that leave the page cache its due."""
+        ways = [way for way in self._ways(context, prompt) if self._fits(context, way, snapshot)]
+        if not ways:
+            *_, shortest = self._chunks(prompt)
+            return Prefill(shortest, shortest)
+        return min(ways, key=lambda way: (way.reread(prompt), self._activations(context, way)))
+
+    def _ways(self, context: int, prompt: int) -> Iterator[Prefill]:
         spare = (self.settings.budget - self.settings.weights) // ACTIVATIONS_PART
-        *longer, shortest = self._chunks(prompt)
-        for chunk in longer:
-            if self._activations(context, chunk) <= spare and self._fits(context, chunk, snapshot):
-                return chunk
-        return shortest
+        token = self._paused(context)
+        found = False
+        for chunk in self._chunks(prompt):
+            room = spare - self._activations(context, Prefill(chunk, chunk))
+            if room < 0 or (found and chunk * self.batch < FEWEST_ROWS):
+                continue
+            found = True
+            yield Prefill(chunk, min(prompt, max(1, room // token // chunk) * chunk))
 
     def _chunks(self, prompt: int) -> Iterator[int]:
         chunk = PREFILL_CHUNK if self.chunk is None else self.chunk
@@ -55,25 +80,30 @@ class Forecast:
             chunk //= 2
         yield min(chunk, prompt)
 
-    def settings_for(self, context: int, chunk: int) -> CacheSettings:
-        """The settings of a run of `context` tokens whose prompt goes through in chunks."""
-        return replace(self.settings, activations=self._activations(context, chunk), loaded=False)
+    def settings_for(self, context: int, prefill: Prefill) -> CacheSettings:
+        """The settings of a run of `context` tokens whose prompt goes through like that."""
+        return replace(self.settings, activations=self._activations(context, prefill), loaded=False)
 
-    def _activations(self, context: int, chunk: int) -> int:
+    def _activations(self, context: int, prefill: Prefill) -> int:
         passing = activation_bytes(
-            self.config, self.batch, chunk, context, self.itemsize, self.attention, self.all_logits
+            self.config, self.batch, prefill.chunk, context, self.itemsize, self.attention, self.all_logits
         )
+        if prefill.span > prefill.chunk:
+            passing += prefill.span * self._paused(context)
         return passing + kept_bytes(self.config, self.batch, context, self.itemsize)
 
-    def plan(self, context: int, chunk: int, snapshot: MemorySnapshot) -> RunPlan:
+    def _paused(self, context: int) -> int:
+        return paused_bytes(self.config, self.batch, context, self.itemsize, self.attention)
+
+    def plan(self, context: int, prefill: Prefill, snapshot: MemorySnapshot) -> RunPlan:
         """By arithmetic alone. Raises BudgetError."""
-        settings = self.settings_for(context, chunk)
+        settings = self.settings_for(context, prefill)
         specs = kv_specs(self.config, self.batch, context, self.itemsize)
         return make_plan(specs, make_request(settings, snapshot, mapped=0), snapshot)
 
-    def _fits(self, context: int, chunk: int, snapshot: MemorySnapshot) -> bool:
+    def _fits(self, context: int, prefill: Prefill, snapshot: MemorySnapshot) -> bool:
         try:
-            self.plan(context, chunk, snapshot)
+            self.plan(context, prefill, snapshot)
         except BudgetError:
             return False
         return True
@@ -91,7 +121,7 @@ class Forecast:
 
     def _all_cached(self, context: int, snapshot: MemorySnapshot) -> bool:
         try:
-            made = self.plan(context, self.chunk_for(context, max(1, context - 1), snapshot), snapshot)
+            made = self.plan(context, self.prefill_for(context, max(1, context - 1), snapshot), snapshot)
         except BudgetError:
             return False
         return not made.bytes_on(PathKind.DIRECT)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from dualblade.attention import implementation
+from dualblade.attention import GROUPED, implementation
 from dualblade.errors import ConfigError, ModelError, UsageError
 from dualblade.units import MIB
 
@@ -217,3 +217,14 @@ def activation_bytes(
         attending += rows * heads * context * (2 * itemsize + 4)
     logits = (rows if all_logits else batch) * text.vocab_size * (itemsize + 8)
     return max(mlp, attending) * 5 // 4 + logits + HEAP_SLACK
+
+
+def paused_bytes(
+    config: PreTrainedConfig, batch: int, context: int, itemsize: int, attention: str = "sdpa"
+) -> int:
+    """An upper estimate of what a prompt token takes in a forward pass that pauses between two layers, in
+    bytes: its hidden state, its rotary table, and its row of every mask that is not dropped meanwhile."""
+    text = text_config(config)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    masks = 0 if attention == GROUPED else 1 + bool(getattr(text, "sliding_window", None))
+    return batch * ((text.hidden_size + 2 * head_dim) * itemsize + 4 * masks * context + 16)

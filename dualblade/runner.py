@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generation loop: prefill the prompt in chunks, then one token a step."""
+"""The generation loop: prefill the prompt in chunks, layer by layer, then one token a step."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from dualblade.errors import ModelError, UsageError
-from dualblade.models import last_position_only
+from dualblade.models import decoder_layers, last_position_only
+from dualblade.prefill import by_layers, leading_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ class Generated:
 class Generation:
     """One prompt on one model with one cache.
 
-    on_prefill(done, total) and on_token(ids) are called as the work goes on.
+    chunk: prompt tokens of a forward pass. span: tokens that pass a layer before the next one is begun, a
+    multiple of chunk. on_prefill(done, total) and on_token(ids) are called as the work goes on.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Generation:
         sampling: Sampling,
         eos: frozenset[int],
         chunk: int,
+        span: int,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         on_token: Callable[[list[int]], None] = lambda ids: None,
     ):
@@ -74,19 +78,19 @@ class Generation:
         self.sampling = sampling
         self.eos = eos
         self.chunk = chunk
+        self.span = span
         self.on_prefill = on_prefill
         self.on_token = on_token
         self._last_only = last_position_only(model)
         self._random = torch.Generator().manual_seed(sampling.seed)
         self._mask = prompt.mask
-        self._seen = 0
 
     @torch.inference_mode()
     def run(self, max_new_tokens: int) -> Generated:
         """Stops at `max_new_tokens`, or when every sequence has met an end token."""
         result = Generated(tokens=[[] for _ in range(len(self.prompt.ids))])
         begun = time.perf_counter()
-        logits = self._prefill()
+        logits = self.prefill()
         result.prefill_s = time.perf_counter() - begun
         begun = time.perf_counter()
         for tokens in self._decode(logits, max_new_tokens):
@@ -95,13 +99,30 @@ class Generation:
         result.decode_s = time.perf_counter() - begun
         return result
 
-    def _prefill(self) -> torch.Tensor:
+    def prefill(self) -> torch.Tensor:
+        """The whole prompt. Logits of its last position, [batch, vocabulary]."""
         total = self.prompt.ids.shape[1]
         logits = torch.empty(0)
-        for at in range(0, total, self.chunk):
-            logits = self._forward(self.prompt.ids[:, at : at + self.chunk])
-            self.on_prefill(min(at + self.chunk, total), total)
+        for begin in range(0, total, self.span):
+            end = min(begin + self.span, total)
+            logits = self._prefill_span(begin, end)
+            self.on_prefill(end, total)
         return logits
+
+    def _prefill_span(self, begin: int, end: int) -> torch.Tensor:
+        chunks = [(at, min(at + self.chunk, end)) for at in range(begin, end, self.chunk)]
+        passes = [partial(self._forward, self.prompt.ids[:, at:stop], at) for at, stop in chunks]
+        if len(passes) == 1:
+            return passes[0]()
+        layers = decoder_layers(self.model)
+        steps, done = len(passes) * len(layers), 0
+
+        def on_step() -> None:
+            nonlocal done
+            done += 1
+            self.on_prefill(begin + (end - begin) * done // steps, self.prompt.ids.shape[1])
+
+        return by_layers(layers, passes, leading_layers(self.cache), on_step)
 
     def _decode(self, logits: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
         ended = torch.zeros(len(self.prompt.ids), dtype=torch.bool)
@@ -113,12 +134,11 @@ class Generation:
             if bool(ended.all()) or step + 1 == limit:
                 return
             self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-            logits = self._forward(tokens[:, None])
+            logits = self._forward(tokens[:, None], self._mask.shape[1] - 1)
 
-    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the last position, [batch, vocabulary]."""
-        begin, self._seen = self._seen, self._seen + ids.shape[1]
-        mask = self._mask[:, : self._seen]
+    def _forward(self, ids: torch.Tensor, begin: int) -> torch.Tensor:
+        """Logits of the last of these positions, [batch, vocabulary]; `begin` tokens are in the cache."""
+        mask = self._mask[:, : begin + ids.shape[1]]
         # A mask that hides nothing would only cost attention its fast path.
         extra = {"attention_mask": mask} if self.prompt.padded else {}
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:]

@@ -70,8 +70,9 @@ class Session:
         self.context = self.prompt.ids.shape[1] + options.max_new_tokens
         models.check_context(self.config, self.context)
         self.forecast = self._forecast()
-        self.chunk = self.forecast.chunk_for(self.context, self.prompt.ids.shape[1], take_snapshot(Host()))
-        self.settings = self.forecast.settings_for(self.context, self.chunk)
+        tokens = self.prompt.ids.shape[1]
+        self.prefill = self.forecast.prefill_for(self.context, tokens, take_snapshot(Host()))
+        self.settings = self.forecast.settings_for(self.context, self.prefill)
 
     def _load_tokenizer(self) -> Any:
         if self.options.prompt_len:
@@ -110,7 +111,7 @@ class Session:
     def plan(self) -> RunPlan:
         """What run() will do, by arithmetic alone. Raises BudgetError."""
         snapshot = take_snapshot(Host())
-        plan = self.forecast.plan(self.context, self.chunk, snapshot)
+        plan = self.forecast.plan(self.context, self.prefill, snapshot)
         check_machine(plan, snapshot)
         return plan
 
@@ -178,7 +179,8 @@ class Session:
             self.prompt,
             self.options.sampling,
             eos,
-            self.chunk,
+            self.prefill.chunk,
+            self.prefill.span,
             watcher.prefill,
             on_token,
         )
@@ -203,7 +205,8 @@ class Session:
             "device": "cpu",
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": "dummy" if self.dummy else "real",
-            "prefill_chunk": self.chunk,
+            "prefill_chunk": self.prefill.chunk,
+            "prefill_span": self.prefill.span,
             "batch_size": self.options.batch_size,
             "prompt_tokens": self.prompt.ids.shape[1],
             "new_tokens": new_tokens,

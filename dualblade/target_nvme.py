@@ -82,20 +82,33 @@ def nvme_options(nsid: int, hostnqn: str | None, timeout: float) -> NvmeOptions:
 
 
 def check_pci(name: str, bdf: str, host: Host = Host()) -> None:  # noqa: B008
-    """Is the drive there, with a userspace driver, open to this user, and SPDK in this build? Before SPDK
-    is started, which would not say. Raises TargetError."""
+    """Is SPDK in this build, and the drive there, with a userspace driver and open to this user? Asked
+    before SPDK is started, which would not say. Raises TargetError."""
+    driver = driver_of(bdf, host)
+    bound = driver in USERSPACE_DRIVERS
+    if "spdk" not in engines():
+        raise _bound_without_spdk(name, bdf, str(driver)) if bound else _needs_spdk(name)
     if not host.exists(f"{DEVICES}/{bdf}"):
         raise TargetError(f"{name}: there is no PCI device {bdf}", "lspci -D shows those there are")
-    driver = driver_of(bdf, host)
-    if driver not in USERSPACE_DRIVERS:
+    if not bound:
         has = f"belongs to the kernel's driver {driver}" if driver else "has no driver"
         raise TargetError(f"{name} {has}, and SPDK needs it bound to vfio-pci", host_command("bind", bdf))
-    if "spdk" not in engines():
-        raise TargetError(
-            f"{name} is bound to {driver}, and this build has no SPDK to drive it",
-            f"to give it back to the kernel: {host_command('unbind', bdf)}",
-        )
     _check_permission(name, bdf, host)
+
+
+def _bound_without_spdk(name: str, bdf: str, driver: str) -> TargetError:
+    return TargetError(
+        f"{name} is bound to {driver}, and this build has no SPDK to drive it",
+        f"to give it back to the kernel: {host_command('unbind', bdf)}",
+    )
+
+
+def _needs_spdk(name: str) -> TargetError:
+    return TargetError(
+        f"{name} needs SPDK, which this build is without",
+        "install SPDK (https://spdk.io/doc/getting_started.html) and build again: "
+        "pip install --force-reinstall --no-deps .",
+    )
 
 
 def _check_permission(name: str, bdf: str, host: Host) -> None:
@@ -144,11 +157,7 @@ def _connect(name: str, transport_id: str, nvme: NvmeOptions, options: QueueOpti
         _start(memory, transport_id.rpartition("traddr:")[2] if pci else None)
         return Queue.nvme(transport_id, options, nvme)
     except NotBuiltError as error:
-        raise TargetError(
-            f"{name} needs SPDK, which this build is without",
-            "install SPDK (https://spdk.io/doc/getting_started.html) and build again: "
-            "pip install --force-reinstall --no-deps .",
-        ) from error
+        raise _needs_spdk(name) from error
     except GlueError as error:
         raise TargetError(f"{name}: {error.strerror}", _hint(transport_id)) from error
 

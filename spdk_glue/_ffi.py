@@ -10,7 +10,7 @@ from spdk_glue.errors import NotBuiltError
 try:
     import spdk_glue._glue as _glue
 except ImportError as error:
-    if "liburing.so" in str(error):  # built, on a machine that had it
+    if "cannot open shared object" in str(error):  # built, on a machine that had it
         raise NotBuiltError(f"the C engine cannot be loaded: {error}") from error
     raise NotBuiltError(f"the C engine is not built ({error}); `pip install .` builds it") from error
 

@@ -8,8 +8,10 @@ constructors that nothing refers to, so whole archives are linked, and shared li
 
 from __future__ import annotations
 
+import atexit
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ _SPDK = (
 _DPDK = (
     "eal", "kvargs", "log", "telemetry", "argparse", "mempool_ring", "mempool", "ring", "bus_pci", "pci",
 )  # fmt: skip
+_IF_REFERRED_TO = ("thread",)  # before 25.01 sockets do
 _TARGET_ONLY = ("-lvfio-user",)
+_UNUSED = {"libspdk_nvme.a": "nvme_cuse.o"}  # character devices by libfuse3, which machines need not have
 _PROBE = """
 #include <rte_eal.h>
 #include <spdk/env.h>
@@ -47,10 +51,10 @@ class Spdk:
         return f"SPDK {self.version[0]}.{self.version[1]:02d}, linked {self.linking}"
 
 
-def pkg_config(flag: str, *packages: str) -> list[str] | None:
-    """The words that `pkg-config flag packages` prints, or None where one is not found."""
+def pkg_config(*words: str) -> list[str] | None:
+    """What `pkg-config words` prints, or None where a package is not found."""
     try:
-        done = subprocess.run(["pkg-config", flag, *packages], capture_output=True, text=True, check=True)
+        done = subprocess.run(["pkg-config", *words], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return shlex.split(done.stdout)
@@ -60,7 +64,7 @@ def find_spdk(say: object = print) -> Spdk | str:
     """SPDK, or the reason why the build does without it."""
     includes = pkg_config("--cflags", *_PACKAGES, "libdpdk")
     folders = pkg_config("--libs-only-L", *_PACKAGES, "libdpdk")
-    system = pkg_config("--libs", "spdk_syslibs")
+    system = pkg_config("--static", "--libs", "spdk_syslibs")  # older versions hide them in Libs.private
     if includes is None or folders is None or system is None:
         return "pkg-config does not find spdk_nvme and libdpdk"
     version = _version([Path(word[2:]) for word in includes if word.startswith("-I")])
@@ -107,12 +111,27 @@ def _static(folders: list[Path], system: list[str]) -> list[str] | None:
     dpdk = _find([f"librte_{name}.a" for name in _DPDK], folders)
     if "libspdk_nvme.a" not in spdk or "librte_eal.a" not in dpdk:
         return None
-    whole = [str(path) for path in (*spdk.values(), *dpdk.values())]
+    whole = [_trimmed(path) for path in (*spdk.values(), *dpdk.values())]
+    others = _find([f"libspdk_{name}.a" for name in _IF_REFERRED_TO], folders)
     archives, libraries = _system(folders, system)
     return [
-        "-Wl,--whole-archive", *whole, "-Wl,--no-whole-archive", *archives,
+        "-Wl,--whole-archive", *whole, "-Wl,--no-whole-archive", *map(str, others.values()), *archives,
         "-Wl,--as-needed", *libraries, "-Wl,-Bsymbolic", "-Wl,--exclude-libs,ALL",
     ]  # fmt: skip
+
+
+def _trimmed(archive: Path) -> str:
+    """The archive, or a copy without the object that nothing here uses; it lasts as long as the build."""
+    if archive.name not in _UNUSED:
+        return str(archive)
+    folder = tempfile.mkdtemp(prefix="dualblade-build-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = shutil.copy(archive, folder)
+    try:
+        subprocess.run(["ar", "d", copy, _UNUSED[archive.name]], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return str(archive)
+    return str(copy)
 
 
 def _shared(folders: list[Path], system: list[str]) -> list[str] | None:

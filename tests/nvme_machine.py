@@ -76,12 +76,14 @@ class Machine(Host):
         """A relative link, as sysfs has them."""
         place = self.path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(os.path.relpath(self.path(target), place.parent))
+        place.symlink_to(os.path.relpath(self.path(target).resolve(), place.parent.resolve()))
 
     def load(self, driver: str) -> None:
         self.put(f"{DRIVERS}/{driver}/unbind", "")
 
-    def process(self, pid: int, name: str, mounts: str = "", opened: Sequence[str] = (), space: int = 1) -> None:
+    def process(
+        self, pid: int, name: str, mounts: str = "", opened: Sequence[str] = (), space: int = 1
+    ) -> None:
         self.put(f"/proc/{pid}/comm", f"{name}\n")
         self.put(f"/proc/{pid}/mountinfo", mounts)
         self.path(f"/proc/{pid}/fd").mkdir(exist_ok=True)
@@ -123,17 +125,17 @@ class Machine(Host):
         self.link(f"/sys/class/block/{name}", f"{folder}/{name}")
         self.link(f"/sys/dev/block/{dev}", f"{folder}/{name}")
 
-    def mapped(self, name: str, dev: str, below: str, **facts: str) -> None:
+    def mapped(self, node: str, dev: str, below: str, **facts: str) -> None:
         """A virtual device on a drive or a partition."""
-        folder = f"/sys/devices/virtual/block/{name}"
+        folder = f"/sys/devices/virtual/block/{node}"
         self.put(f"{folder}/dev", f"{dev}\n")
         for fact, text in facts.items():
             self.put(f"{folder}/dm/{fact}", f"{text}\n")
-        self.link(f"/sys/class/block/{name}", folder)
+        self.link(f"/sys/class/block/{node}", folder)
         self.link(f"/sys/dev/block/{dev}", folder)
         lower = self.resolve(f"/sys/class/block/{below}")
         self.link(f"{folder}/slaves/{below}", lower)
-        self.link(f"{lower}/holders/{name}", folder)
+        self.link(f"{lower}/holders/{node}", folder)
 
     def snapshot(self) -> dict[str, Any]:
         """Every file, link and folder, with what it holds."""
@@ -237,7 +239,8 @@ class Machine(Host):
         name, folder = f"nvme{number}", f"{DEVICES}/{drive.bdf}/nvme/nvme{number}"
         for attribute, text in {
             "model": drive.model, "serial": drive.serial.ljust(20), "firmware_rev": "1.0", "state": "live",
-            "transport": "pcie", "subsysnqn": f"nqn.2014-08.org.example:{drive.serial}", "dev": f"241:{number}",
+            "transport": "pcie", "subsysnqn": f"nqn.2014-08.org.example:{drive.serial}",
+            "dev": f"241:{number}",
         }.items():  # fmt: skip
             self.put(f"{folder}/{attribute}", f"{text}\n")
         self.link(f"/sys/class/nvme/{name}", self.resolve(folder))

@@ -25,6 +25,7 @@ from dualblade.host import bind_command as command
     help=command.DRIVER_HELP,
 )
 @click.option("--user", metavar="NAME", help=command.USER_HELP)
+@click.option("--then", metavar="DEV", multiple=True, help=command.THEN_HELP)
 @click.option("--i-know-this-erases", "erases", metavar="SERIAL", help=command.ERASES_HELP)
 @json_option
 @click.pass_context

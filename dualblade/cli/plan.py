@@ -57,7 +57,9 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "batch_size": session.options.batch_size,
         "dtype": str(session.dtype).removeprefix("torch."),
         "weights": "dummy" if session.dummy else "real",
-        "prefill_chunk": session.chunk,
+        "prefill_chunk": session.prefill.chunk,
+        "prefill_span": session.prefill.span,
+        "prefill_reread_bytes": session.prefill.reread(context - 1) * sum(s.token_bytes for s in made.specs),
         "device": "cpu",
         "device_bytes": device_bytes(made),
         "memory": {
@@ -100,6 +102,7 @@ def _show(record: dict[str, Any]) -> None:
     click.echo(f"  ({memory['page_cache_share_reason']})")
     click.echo(f"device {describe_device(record['device_bytes'])}")
     click.echo(_page_cache_words(record))
+    click.echo(_prefill_words(record))
     for kind, count in record["kept_in_memory"]["layers"].items():
         click.echo(
             f"{count} layers of {kind} keep their own cache in memory: it does not grow with the context"
@@ -122,6 +125,12 @@ def _page_cache_words(record: dict[str, Any]) -> str:
     if tokens == record["context_limit"]:
         return f"all KV stays in the page cache up to the model's own end, {tokens} tokens"
     return f"all KV stays in the page cache up to a context of {tokens} tokens; beyond, some goes direct"
+
+
+def _prefill_words(record: dict[str, Any]) -> str:
+    how = f"prefill layer by layer, {record['prefill_span']} tokens a layer, {record['prefill_chunk']} a pass"
+    again = record["prefill_reread_bytes"]
+    return f"{how}: {f'{format_size(again)} of KV read again' if again else 'no KV read again'}"
 
 
 def _placement_lines(placements: list[dict[str, Any]]) -> list[str]:

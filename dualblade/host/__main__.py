@@ -14,6 +14,7 @@ from dualblade.host.command import host_command
 from dualblade.host.sysfs import Host
 
 _COMMANDS = (bind_command, unbind_command, status_command, hugepages_command, doctor_command)
+_EXAMPLE = "Example: python3 -m dualblade.host status"
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(words: Sequence[str] | None = None, host: Host = Host()) -> int:  # noqa: B008
     """The exit code: 0 done, 1 refused or failed, 2 usage."""
-    parser = Parser("python3 -m dualblade.host", description=__doc__)
+    parser = Parser("python3 -m dualblade.host", description=__doc__, epilog=_EXAMPLE)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(subparsers)

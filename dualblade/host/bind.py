@@ -25,6 +25,7 @@ from dualblade.host.sysfs import Host
 
 KERNEL_DRIVER = "nvme"
 _NODE_SECONDS = 5.0
+_UDEV_SECONDS = 1.0
 
 
 def _nothing() -> None:
@@ -51,12 +52,16 @@ class Drive:
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What bind is to do. owner: (name, user id) that may use the drive afterwards; None: root alone.
-    erase: the serial of a drive whose unknown data is not needed. by: who asks."""
+    erase: the serial of a drive whose unknown data is not needed. by: who asks. then: addresses of drives
+    in the same IOMMU group that are bound next, and so are no reason against this one. words: the command
+    line, for hints that add to it."""
 
     driver: str = VFIO
     owner: tuple[str, int] | None = None
     erase: str | None = None
     by: str = "root"
+    then: frozenset[str] = frozenset()
+    words: tuple[str, ...] = ()
 
 
 class RefusedError(BindError):
@@ -95,12 +100,20 @@ def find_drive(host: Host, device: str) -> Drive:
 
 
 def refusals(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
-    """All that speaks against it, the weightiest first. Reads alone."""
+    """All that speaks against it, the weightiest first: nobody shall switch an IOMMU on for a drive in use,
+    or wipe one that could not be had. Reads alone."""
     return [
-        *unfit(host, drive.device, drive.controller, wish.driver),
         *uses(host, drive.controller),
         *_claimed(host, drive.controller),
-        *data_on(host, drive.controller, wish.erase),
+        *_of_its_own(host, drive, wish),
+    ]
+
+
+def _of_its_own(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
+    """What speaks against it while nobody uses it."""
+    return [
+        *unfit(host, drive.device, drive.controller, wish.driver, wish.then, wish.words),
+        *data_on(host, drive.controller, wish.erase, wish.words),
     ]
 
 
@@ -135,6 +148,7 @@ def _claim(host: Host, node: str) -> int:
     try:
         # to read: closing what was open to write would wake udev
         fd = host.open(node, os.O_RDONLY | os.O_EXCL)
+        drivers.wait_until(lambda: _locked(fd), _UDEV_SECONDS)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if fd >= 0:
@@ -144,6 +158,15 @@ def _claim(host: Host, node: str) -> int:
             f"who it is: {as_root(['lsblk', '--fs', node])}; {as_root(['lsof', node])}; zpool status",
         ) from error
     return fd
+
+
+def _locked(fd: int) -> bool:
+    """udev has a lock while it looks at a drive that has just come up, or was just written to."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # do ---------------------------------------------------------------------------------------------
@@ -191,7 +214,9 @@ def bind(host: Host, drive: Drive, wish: Wish) -> journal.Entry:
         entry = _entry(host, drive, wish)
         steps = plan(host, drive, wish, claimed.close)
         if steps[0].name == "load":
-            steps.pop(0).apply()
+            load = steps.pop(0)
+            load.apply()
+            load.verify()
         entry.save(host)
         return _carry_out(host, steps, entry, claimed.close)
 
@@ -200,11 +225,7 @@ def refusals_again(host: Host, drive: Drive, wish: Wish) -> list[Refusal]:
     """As refusals(), while this process itself has the drive claimed; and is it still the same one?"""
     if find_drive(host, drive.bdf) != drive:
         return [Refusal("changed", "it has changed since it was looked at", "look again with --dry-run")]
-    return [
-        *unfit(host, drive.device, drive.controller, wish.driver),
-        *uses(host, drive.controller),
-        *data_on(host, drive.controller, wish.erase),
-    ]
+    return [*uses(host, drive.controller), *_of_its_own(host, drive, wish)]
 
 
 def _carry_out(
@@ -215,13 +236,15 @@ def _carry_out(
     def done(name: str) -> None:
         nonlocal now
         now = now.after(name, host)
+        if name == steps[-1].name:
+            now = now.in_state(journal.BOUND, host)
 
     def undo() -> None:
         let_go()
         _undo(host, entry)
 
     carry_out(steps, done, undo)
-    return now.in_state(journal.BOUND, host)
+    return now
 
 
 def _undo(host: Host, entry: journal.Entry) -> None:

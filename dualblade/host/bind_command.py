@@ -7,6 +7,7 @@ import argparse
 import os
 import pwd
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dualblade.errors import BindError, UsageError
@@ -16,7 +17,7 @@ from dualblade.host.command import host_command
 from dualblade.host.eligible import UIO, VFIO, warnings
 from dualblade.host.inuse import Refusal
 from dualblade.host.memlock import memlock_note
-from dualblade.host.nvme import Namespace
+from dualblade.host.nvme import Namespace, address_of
 from dualblade.host.report import ask, check_root, emit, errors_told
 from dualblade.host.status import user_name
 from dualblade.host.sysfs import Host
@@ -31,6 +32,7 @@ DRY_RUN_HELP = "Show what it is, what speaks against it and what would happen; c
 DRIVER_HELP = f"{VFIO} (the default) needs an IOMMU; {UIO} does not, and protects nothing."
 USER_HELP = "Let this user open the drive, not root alone."
 ERASES_HELP = "Take a drive with this serial number although its first or last MiB hold unknown data."
+THEN_HELP = "Another drive of the same IOMMU group, which you bind next; several times for several."
 JSON_HELP = "One JSON object on stdout."
 EXAMPLE = "sudo dualblade-spdk bind /dev/nvme1n1 --serial S64DNX0R --user $USER"
 DRIVERS = (VFIO, UIO)
@@ -48,6 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     made.add_argument("--driver", choices=DRIVERS, default=VFIO, help=DRIVER_HELP)
     made.add_argument("--user", metavar="NAME", help=USER_HELP)
+    made.add_argument("--then", metavar="DEV", action="append", default=[], help=THEN_HELP)
     made.add_argument("--i-know-this-erases", dest="erases", metavar="SERIAL", help=ERASES_HELP)
     made.add_argument("--json", dest="as_json", action="store_true", help=JSON_HELP)
     made.set_defaults(run=run)
@@ -60,8 +63,10 @@ def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
     with errors_told(args.as_json):
         if args.yes and not args.serial:
             raise UsageError("--yes needs --serial", "name the drive by its serial number: --serial S")
-        wish = _wish(args)
+        if args.user and args.driver == UIO:
+            raise UsageError(f"--user does not go with {UIO}", "root alone can use a drive through it")
         check_root(args)
+        wish = _wish(args, host)
         if entry := _already(host, args):
             return _bound_already(args, host, entry, wish)
         return _bind(args, host, find_drive(host, args.device), wish)
@@ -98,19 +103,23 @@ def _refused(drive: Drive, against: list[Refusal], record: dict[str, Any]) -> Re
 # what the user says -----------------------------------------------------------------------------
 
 
-def _words(args: argparse.Namespace) -> Sequence[str]:
-    """The command line again, for a hint."""
+def _words(args: argparse.Namespace, flags: bool = True) -> Sequence[str]:
+    """The command line again, for a hint; without its flags where they would be in the way."""
     named = {"--serial": args.serial, "--user": args.user, "--i-know-this-erases": args.erases}
     words = ["bind", args.device]
     words += [word for option, value in named.items() if value for word in (option, value)]
+    words += [word for device in args.then for word in ("--then", device)]
     words += ["--driver", args.driver] if args.driver != VFIO else []
-    flags = {"--yes": args.yes, "--dry-run": args.dry_run, "--json": args.as_json}
-    return words + [flag for flag, given in flags.items() if given]
+    given = {"--yes": args.yes, "--dry-run": args.dry_run, "--json": args.as_json}
+    return words + [flag for flag in given if flags and given[flag]]
 
 
-def _wish(args: argparse.Namespace) -> Wish:
+def _wish(args: argparse.Namespace, host: Host) -> Wish:
+    """Raises UsageError, BindError."""
     by = os.environ.get("SUDO_USER") or user_name(os.geteuid())
-    return Wish(args.driver, _owner(args.user) if args.user else None, args.erases, by)
+    then = frozenset(address_of(host, device) for device in args.then)
+    owner = _owner(args.user) if args.user else None
+    return Wish(args.driver, owner, args.erases, by, then, tuple(_words(args, flags=False)))
 
 
 def _owner(name: str) -> tuple[str, int]:
@@ -163,8 +172,10 @@ def _bound_already(args: argparse.Namespace, host: Host, entry: journal.Entry, w
         raise BindError(
             f"{entry.bdf} is bound to {entry.driver} already", f"first: {host_command('unbind', entry.bdf)}"
         )
-    if not args.dry_run:
+    if not args.dry_run and wish.owner:
         permit(host, entry.bdf, entry.group, wish)
+        entry = replace(entry, owner=wish.owner[0])
+        entry.save(host)
     record = {"dry_run": args.dry_run, "bdf": entry.bdf, "model": entry.model, "serial": entry.serial}
     record |= {"already": True, "driver": entry.driver, "refusals": [], "notes": []}
     emit(_bound(host, record, entry, wish), args.as_json, _bound_lines)
@@ -207,8 +218,21 @@ def _as_record(refusal: Refusal) -> dict[str, str]:
 
 def _bound(host: Host, record: dict[str, Any], entry: journal.Entry, wish: Wish) -> dict[str, Any]:
     node = f"/dev/vfio/{entry.group}" if entry.driver == VFIO else None
-    notes = [*record["notes"], *memlock_note(host, wish.owner)]
+    notes = [*record["notes"], *_next(entry, wish), *_roots_alone(entry), *memlock_note(host, wish.owner)]
     return record | {"ok": True, "target": entry.bdf, "node": node, "user": entry.owner, "notes": notes}
+
+
+def _next(entry: journal.Entry, wish: Wish) -> list[str]:
+    then = sorted(wish.then - {entry.bdf})
+    return [f"of no use until the rest of its group is bound: {host_command('bind', bdf)}" for bdf in then]
+
+
+def _roots_alone(entry: journal.Entry) -> list[str]:
+    """For whom sudo was typed, most likely wants to use it."""
+    user = os.environ.get("SUDO_USER", "root")
+    if entry.owner or user == "root" or entry.driver == UIO:
+        return []
+    return [f"root alone may use it; for {user}, too: {host_command('bind', entry.bdf, '--user', user)}"]
 
 
 # text -------------------------------------------------------------------------------------------

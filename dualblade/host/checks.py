@@ -29,6 +29,14 @@ HOST = Host()
 MEMLOCK_WANTED = 1 * GIB
 _INSTEAD = "posix threads move the bytes instead, slower on a fast drive"
 _LIMITS = "/etc/security/limits.d/90-dualblade.conf"
+_LIBRARIES = {  # Debian's packages
+    "liburing": "liburing2",
+    "libnuma": "libnuma1",
+    "libuuid": "libuuid1",
+    "libbsd": "libbsd0",
+    "libssl": "libssl3",
+    "libcrypto": "libssl3",
+}
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 SLOW = {
     "overlay": "an overlay: its upper layer decides the speed",
@@ -61,9 +69,7 @@ def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check
     """`engines` as the build lists them, or `problem`: why the build cannot be loaded. `rebuild`: the
     command that builds it again."""
     if problem:
-        return Check(
-            "engine", FAIL, problem, "apt-get install liburing2" if "liburing.so" in problem else rebuild
-        )
+        return Check("engine", FAIL, problem, _install_library(problem) or rebuild)
     if "uring" not in engines:
         return Check(
             "engine",
@@ -72,6 +78,12 @@ def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check
             f"apt-get install liburing-dev pkg-config && {rebuild}",
         )
     return Check("engine", OK, f"built, with {' '.join(engines)}")
+
+
+def _install_library(problem: str) -> str | None:
+    """The command that brings the library which the loader names: those that the engine is linked with."""
+    packages = [package for name, package in _LIBRARIES.items() if f"{name}.so" in problem]
+    return f"apt-get install {packages[0]}" if packages else None
 
 
 def io_uring(problem: OSError | None, reason: str | None = None, host: Host = HOST) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 from zlib import crc32
@@ -68,9 +69,11 @@ def _edges(host: Host, node: str) -> tuple[bytes, bytes]:
         os.close(fd)
 
 
-def data_on(host: Host, controller: Controller, erase: str | None) -> list[Refusal]:
+def data_on(
+    host: Host, controller: Controller, erase: str | None, words: Sequence[str] = ()
+) -> list[Refusal]:
     """What lies on it that is not ours. erase: the serial of a drive whose unknown data the user
-    does not need; a known signature speaks against it all the same."""
+    does not need; a known signature speaks against it all the same. words: the command that asks."""
     found = []
     for space in controller.namespaces:
         if not space.dev:
@@ -79,7 +82,7 @@ def data_on(host: Host, controller: Controller, erase: str | None) -> list[Refus
         signed = _signed(host, space)
         found += signed
         if not signed and erase != controller.serial:
-            found += _unsigned(host, space, controller)
+            found += _unsigned(host, space, controller.serial, words or ("bind", space.node))
     return found
 
 
@@ -107,14 +110,13 @@ def _signed(host: Host, space: Namespace) -> list[Refusal]:
     ]
 
 
-def _unsigned(host: Host, space: Namespace, controller: Controller) -> list[Refusal]:
+def _unsigned(host: Host, space: Namespace, serial: str, words: Sequence[str]) -> list[Refusal]:
     state = contents_of(host, space).state
     if state == UNKNOWN:
         return [Refusal("unknown", f"{space.node} cannot be read", f"dmesg | grep {space.name}")]
     if state != DATA:
         return []
-    serial = controller.serial
-    again = host_command("bind", space.node, "--serial", serial, "--i-know-this-erases", serial)
+    again = host_command(*words, "--i-know-this-erases", serial)
     return [
         Refusal(
             "data",

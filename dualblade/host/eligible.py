@@ -3,27 +3,34 @@
 
 from __future__ import annotations
 
-from dualblade.host.command import as_root
+from collections.abc import Sequence
+
+from dualblade.host.command import as_root, host_command
 from dualblade.host.inuse import Refusal
 from dualblade.host.nvme import Controller, controllers
 from dualblade.host.pci import PciDevice, obstacles_in_group
 from dualblade.host.sysfs import Host
 
 VFIO, UIO = "vfio-pci", "uio_pci_generic"
-_NO_IOMMU = (
-    "switch it on in the firmware (VT-d, AMD-Vi) and boot with intel_iommu=on on Intel, then bind again; "
-    "or, if everything that runs as root here may be trusted, add --driver uio_pci_generic"
-)
 
 
-def unfit(host: Host, device: PciDevice, controller: Controller, driver: str) -> list[Refusal]:
-    """What of the hardware speaks against `driver`, the weightiest first."""
+def unfit(
+    host: Host,
+    device: PciDevice,
+    controller: Controller,
+    driver: str,
+    then: frozenset[str] = frozenset(),
+    words: Sequence[str] = (),
+) -> list[Refusal]:
+    """What of the hardware speaks against `driver`, the weightiest first. then: drives that follow.
+    words: the command line that asks."""
+    words = words or ("bind", device.bdf)
     return [
         *_shared(host, controller),
         *_virtual(device),
         *_vmd(device),
         *_state(controller),
-        *(_iommu(host, device) if driver == VFIO else []),
+        *(_iommu(host, device, then, words) if driver == VFIO else []),
     ]
 
 
@@ -99,10 +106,14 @@ def _state(controller: Controller) -> list[Refusal]:
     return []
 
 
-def _iommu(host: Host, device: PciDevice) -> list[Refusal]:
+def _iommu(host: Host, device: PciDevice, then: frozenset[str], words: Sequence[str]) -> list[Refusal]:
     if device.group is None:
-        return [Refusal("no-iommu", "this machine has no IOMMU switched on, which vfio-pci needs", _NO_IOMMU)]
-    others = obstacles_in_group(host, device)
+        return [
+            Refusal(
+                "no-iommu", "this machine has no IOMMU switched on, which vfio-pci needs", _no_iommu(words)
+            )
+        ]
+    others = [other for other in obstacles_in_group(host, device) if other.bdf not in then]
     if not others:
         return []
     names = ", ".join(f"{other.bdf} (class {other.pci_class}, {other.driver})" for other in others)
@@ -110,6 +121,22 @@ def _iommu(host: Host, device: PciDevice) -> list[Refusal]:
         Refusal(
             "iommu-group",
             f"it shares IOMMU group {device.group} with {names}: only all of them together can be handed out",
-            "move the drive to another slot, or give the others to vfio-pci first",
+            _apart(others, words),
         )
     ]
+
+
+def _no_iommu(words: Sequence[str]) -> str:
+    uio = host_command(*words, "--driver", UIO)
+    return (
+        "switch it on in the firmware (VT-d, AMD-Vi), boot with intel_iommu=on on Intel, and bind again; or, "
+        f"where all that runs as root may be trusted: {uio}"
+    )
+
+
+def _apart(others: list[PciDevice], words: Sequence[str]) -> str:
+    """A group of drives can be bound one after the other; nothing else is ours to take."""
+    if not all(other.is_nvme for other in others):
+        return "move the drive to another slot"
+    first = host_command(*words, *(word for other in others for word in ("--then", other.bdf)))
+    return f"move the drive to another slot, or bind them one after the other: {first}"

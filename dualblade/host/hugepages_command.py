@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 from typing import Any
 
 from dualblade.errors import ConfigError, UsageError
 from dualblade.host.command import host_command
 from dualblade.host.hugepages import PAGE, Change, Pool, forget, pools, pools_of, release, reserve
 from dualblade.host.hugepages_boot import check_can_persist, ours, persist, persisted, unpersist
+from dualblade.host.report import emit, errors_told
 from dualblade.host.sysfs import Host
 from dualblade.units import format_size, parse_size
 
@@ -45,12 +45,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
     """The exit code. Raises UsageError, ConfigError; where the kernel grants less, after the record."""
+    with errors_told(args.as_json):
+        record, short = _do(args, host)
+    emit({"ok": short is None} | record, args.as_json, _lines)
+    if short:
+        raise _too_few(short)
+    return 0
+
+
+def _do(args: argparse.Namespace, host: Host) -> tuple[dict[str, Any], Change | None]:
+    """The record, and the change where it fell short."""
     _check_options(args)
     if not args.release and args.reserve is None:
-        _emit(_record(host, args.node), args.as_json)
-        return 0
+        return _record(host, args.node), None
     try:
-        return _release(args, host) if args.release else _reserve(args, host)
+        return (_release(host), None) if args.release else _reserve(args, host)
     except OSError as error:
         raise _refused(error, args) from error
 
@@ -82,18 +91,14 @@ def _check_options(args: argparse.Namespace) -> None:
 # reserve and release ------------------------------------------------------------------------
 
 
-def _reserve(args: argparse.Namespace, host: Host) -> int:
+def _reserve(args: argparse.Namespace, host: Host) -> tuple[dict[str, Any], Change | None]:
     nbytes = parse_size(args.reserve, "--reserve")
     if args.persist:
         check_can_persist(host, args.node)
     change = reserve(host, nbytes, args.node, ours(host))
-    record = _record(host, args.node) | {"change": _as_record(change)}
-    if args.persist:
-        record |= {"written": _persist(host, args.node, nbytes)} | _persisted(host)
-    _emit(record, args.as_json)
-    if change.short:
-        raise _too_few(change)
-    return 0
+    written = {"written": _persist(host, args.node, nbytes)} if args.persist else {}
+    record = _record(host, args.node) | {"change": _as_record(change)} | written
+    return record, change if change.short else None
 
 
 def _persist(host: Host, node: int | None, nbytes: int) -> str:
@@ -117,12 +122,11 @@ def _too_few(change: Change) -> ConfigError:
     )
 
 
-def _release(args: argparse.Namespace, host: Host) -> int:
+def _release(host: Host) -> dict[str, Any]:
     change = release(host, ours(host))
     files = unpersist(host)
     forget(host)
-    _emit(_record(host, None) | {"change": _as_record(change), "removed": files}, args.as_json)
-    return 0
+    return _record(host, None) | {"change": _as_record(change), "removed": files}
 
 
 # record -------------------------------------------------------------------------------------
@@ -131,17 +135,12 @@ def _release(args: argparse.Namespace, host: Host) -> int:
 def _record(host: Host, node: int | None) -> dict[str, Any]:
     if node is not None:
         pools_of(host, node)  # is there such a node?
-    added = ours(host)
     found = [pool for pool in pools(host) if node is None or pool.node == node]
     return {
         "pools": [_pool_record(pool) for pool in found],
-        "added": [{"node": place, "bytes": one.pages * PAGE} for place, one in added.items()],
-    } | _persisted(host)
-
-
-def _persisted(host: Host) -> dict[str, Any]:
-    files = [{"node": one.node, "pages": one.pages, "file": one.path} for one in persisted(host)]
-    return {"persisted": files}
+        "added": [{"node": place, "bytes": one.pages * PAGE} for place, one in ours(host).items()],
+        "persisted": [{"node": one.node, "pages": one.pages, "file": one.path} for one in persisted(host)],
+    }
 
 
 def _pool_record(pool: Pool) -> dict[str, Any]:
@@ -159,10 +158,6 @@ def _as_record(change: Change) -> dict[str, int]:
 
 
 # text ---------------------------------------------------------------------------------------
-
-
-def _emit(record: dict[str, Any], as_json: bool) -> None:
-    print(json.dumps(record, indent=2) if as_json else "\n".join(_lines(record)))
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

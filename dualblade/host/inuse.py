@@ -7,15 +7,19 @@ Each finding says why, and what the user can do about it. Nothing here writes.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dualblade.host.command import as_root
 from dualblade.host.nvme import Controller
-from dualblade.host.processes import Holder, holders_of_nodes, pids
+from dualblade.host.processes import Holder, holders_of_nodes, pids, printable
 from dualblade.host.sysfs import Host
 
 _BLOCK = "/sys/class/block"
+# udev looks at a drive that has just come up, or was just written to, and is soon done
+_UDEV = frozenset({"systemd-udevd", "(udev-worker)", "udevd"})
+_UDEV_SECONDS = 2.0
 _SYSTEM = re.compile(r"/|/(boot|usr|var|home|etc|nix)(/.*)?")
 _SYSTEM_REMEDY = "take another drive; without one, `run` uses a file, and needs no bind"
 
@@ -73,7 +77,7 @@ def _mounts(host: Host, pid: str) -> Iterator[Mount]:
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
         if len(fields) > 4 and len(kind) > 1:
-            yield Mount(fields[2], _unescape(kind[1]), _unescape(fields[4]), pid)
+            yield Mount(fields[2], _unescape(kind[1]), printable(_unescape(fields[4])), pid)
 
 
 def _unescape(field: str) -> str:
@@ -218,7 +222,11 @@ def _wipe(node: str) -> str:
 def _opened(host: Host, controller: Controller, devs: dict[str, str]) -> list[Refusal]:
     nodes = set(controller.nodes())
     numbers = {f"b{dev}" for dev in devs} | {host.device_number(node) or "" for node in nodes} - {""}
+    deadline = time.monotonic() + _UDEV_SECONDS
     found = holders_of_nodes(host, nodes, numbers)
+    while any(holder.name in _UDEV for holder in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        found = holders_of_nodes(host, nodes, numbers)
     return [Refusal("open", _who(holder), f"end it, or wait for it: {_show(holder)}") for holder in found]
 
 

@@ -132,7 +132,7 @@ def driver_of(bdf: str, host: Host) -> str | None:
 @contextmanager
 def locked(host: Host) -> Iterator[None]:
     """One bind or unbind of the machine at a time. Raises BindError where another takes too long."""
-    host.path(FOLDER).mkdir(mode=0o755, parents=True, exist_ok=True)
+    host.make_folder(FOLDER)
     fd = host.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         _wait_for_lock(fd)

@@ -160,7 +160,7 @@ def _controllers_of(host: Host, name: str) -> list[str]:
 def _controller(host: Host, name: str) -> Controller:
     folder = f"{_CONTROLLERS}/{name}"
     transport = host.attribute(f"{folder}/transport") or "pcie"
-    bdf = host.link_name(f"{folder}/device") if transport == "pcie" else None
+    bdf = host.resolve(f"{folder}/device").rpartition("/")[2] if transport == "pcie" else None
     model, serial, firmware, state, subsystem = (
         host.attribute(f"{folder}/{attribute}")
         for attribute in ("model", "serial", "firmware_rev", "state", "subsysnqn")

@@ -24,6 +24,11 @@ class Holder:
         return f"{self.name or '?'} (pid {self.pid})"
 
 
+def printable(text: str) -> str:
+    """Names that others chose, in one line and without commands to the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def pids(host: Host) -> list[int]:
     """Every process but this one."""
     found = (int(name) for name in host.names("/proc") if name.isdecimal())
@@ -71,7 +76,7 @@ def _syspath(host: Host, descriptor: str) -> str:
 
 def _holders(host: Host, is_one: Callable[[str, str], bool]) -> list[Holder]:
     found = {
-        (pid, link): Holder(pid, host.attribute(f"/proc/{pid}/comm"), link)
+        (pid, link): Holder(pid, printable(host.attribute(f"/proc/{pid}/comm")), printable(link))
         for pid in pids(host)
         for link, descriptor in _descriptors(host, pid)
         if is_one(link, descriptor)
@@ -82,8 +87,5 @@ def _holders(host: Host, is_one: Callable[[str, str], bool]) -> list[Holder]:
 def _descriptors(host: Host, pid: int) -> Iterator[tuple[str, str]]:
     """(what it is open on, its path in /proc)."""
     folder = f"/proc/{pid}/fd"
-    for name in host.names(folder):
-        try:
-            yield host.readlink(f"{folder}/{name}"), f"{folder}/{name}"
-        except OSError:  # closed meanwhile
-            continue
+    for name, link in host.links(folder):
+        yield link, f"{folder}/{name}"

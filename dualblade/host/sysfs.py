@@ -9,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,16 @@ class Host:
             return self.listdir(path)
         except OSError:
             return []
+
+    def links(self, path: str) -> Iterator[tuple[str, str]]:
+        """(name, what it points to) of the links in a folder; none where it cannot be read. Made for
+        /proc/PID/fd, which may have many, and changes meanwhile."""
+        folder = os.fspath(self.path(path))
+        for name in self.names(path):
+            try:
+                yield name, os.readlink(f"{folder}/{name}")
+            except OSError:
+                continue
 
     def readlink(self, path: str) -> str:
         return os.readlink(self.path(path))
@@ -110,19 +120,19 @@ class Host:
         child = os.fork()
         if not child:
             os._exit(_exit_status(lambda: self.write_text(path, text)))
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                _raise_status(os.waitstatus_to_exitcode(status), path)
-                return True
-            time.sleep(0.002)
-        return False
+        try:
+            status = _wait_for(child, seconds)
+        except BaseException:
+            _wait_for(child, seconds)  # what comes next must not overtake it
+            raise
+        if status is not None:
+            _raise_status(status, path)
+        return status is not None
 
     def save(self, path: str, text: str) -> None:
         """A file of ours: the old or the new text, durably, however this ends."""
         target = self.path(path)
-        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.make_folder(os.path.dirname(path))
         new = target.with_name(f".{target.name}.new")
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -133,6 +143,13 @@ class Host:
             os.close(fd)
         os.replace(new, target)
         _sync_folder(target.parent)
+
+    def make_folder(self, path: str) -> None:
+        """For all to read, whatever the umask; one that is there stays as it is."""
+        folder = self.path(path)
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o755)
 
     def remove(self, path: str) -> None:
         """A file of ours, durably; none there is as well."""
@@ -166,6 +183,17 @@ def _exit_status(work: Callable[[], None]) -> int:
     except BaseException:
         return errno.EIO
     return 0
+
+
+def _wait_for(child: int, seconds: float) -> int | None:
+    """Its exit status; None where it has not ended by then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
 
 
 def _raise_status(status: int, path: str) -> None:

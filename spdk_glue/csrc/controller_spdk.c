@@ -221,7 +221,7 @@ void controller_medium(const struct controller *controller, glue_medium *out)
     out->volatile_cache = (uint32_t)controller->volatile_cache;
     out->can_trim = (spdk_nvme_ns_get_flags(controller->ns) & SPDK_NVME_NS_DEALLOCATE_SUPPORTED) != 0;
     out->any_memory = !controller->local_memory;
-    snprintf(out->transport, sizeof out->transport, "%s", controller->id.trstring);
+    snprintf(out->transport, sizeof out->transport, "%.15s", controller->id.trstring);
     snprintf(out->serial, sizeof out->serial, "%s", controller->serial);
     trimmed(out->model, sizeof out->model, data->mn, sizeof data->mn);
     trimmed(out->firmware, sizeof out->firmware, data->fr, sizeof data->fr);

@@ -36,13 +36,22 @@ def record(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return found
 
 
+def program(*words: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose memory is what the budget is for."""
+    command = [sys.executable, "-m", "dualblade.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
 def test_a_run_on_a_drive(node: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "tiny", "--prompt", "The list type", "--mem-budget", "1G", "--kv-path", "direct"]
-    assert main(["run", *words, "--nvme", node]) == 1
-    assert f"hint: dualblade-spdk volume create {node}" in capsys.readouterr().err
+    refused = program("run", *words, "--nvme", node)
+    assert refused.returncode == 1
+    assert f"hint: dualblade-spdk volume create {node}" in refused.stderr
     made = record(capsys, "volume", "create", node)
     assert made["serial"] == os.path.basename(node)
-    done = record(capsys, "run", *words, "--nvme", node, "--max-new-tokens", "8", "--verify")
+    ran = program("run", *words, "--nvme", node, "--max-new-tokens", "8", "--verify", "--json")
+    assert ran.returncode == 0, ran.stderr
+    done = json.loads(ran.stdout)
     assert (done["paths"]["direct"]["target"], done["paths"]["direct"]["engine"]) == (node, "uring")
     assert done["paths"]["direct"]["write_bytes"] > 0
     assert done["verified"]
@@ -50,11 +59,11 @@ def test_a_run_on_a_drive(node: str, capsys: pytest.CaptureFixture[str]) -> None
     assert (checked["ok"], checked["uuid"], checked["extents"]) == (True, made["uuid"], 0)
 
 
-def test_a_plan_touches_nothing(node: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = record(
-        capsys, "plan", "--model", "tiny", "--mem-budget", "1G", "--context", "3000", "--nvme", node
-    )
-    assert found["kv_bytes"] > 0
+def test_a_plan_touches_nothing(node: str) -> None:
+    words = ["--model", "tiny", "--mem-budget", "1G", "--context", "3000", "--nvme", node]
+    planned = program("plan", *words, "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["kv_bytes"] > 0
     with open(node, "rb") as device:
         assert not any(device.read(MIB))
 

@@ -62,7 +62,9 @@ def test_every_family_computes(family: str) -> None:
     planned = weight_bytes(empty_model(config, torch.bfloat16, shared=True))
     assert storages(model) == planned < weight_bytes(empty_model(config, torch.bfloat16))
     prompt = random_prompt(2, 30, config.vocab_size, seed=3)
-    generation = Generation(model, in_memory_cache(config), prompt, Sampling(), frozenset(), chunk=20)
+    generation = Generation(
+        model, in_memory_cache(config), prompt, Sampling(), frozenset(), chunk=20, span=20
+    )
     assert [len(row) for row in generation.run(3).tokens] == [3, 3]
     with torch.inference_mode():
         assert bool(model(input_ids=prompt.ids).logits.isfinite().all())

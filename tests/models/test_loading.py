@@ -215,7 +215,9 @@ def test_models_that_give_all_logits() -> None:
     for cls in (AllLogits, LlamaForCausalLM):
         model.__class__ = cls
         prompt = random_prompt(2, 30, 199, seed=1)
-        made = Generation(model, in_memory_cache(model.config), prompt, Sampling(), frozenset(), chunk=20)
+        made = Generation(
+            model, in_memory_cache(model.config), prompt, Sampling(), frozenset(), chunk=20, span=20
+        )
         answers.append(made.run(4).tokens)
     assert answers[0] == answers[1]
     assert asked == [20, 10, 1, 1, 1] + 5 * [1]

@@ -111,10 +111,19 @@ def test_engine() -> None:
     assert (without.state, without.fix) == (WARN, "apt-get install liburing-dev pkg-config && make setup")
     absent = checks.c_engine([], "the C engine is not built", "make setup")
     assert absent == Check("engine", FAIL, "the C engine is not built", "make setup")
-    unlinked = checks.c_engine(
-        [], "it cannot be loaded: liburing.so.2: cannot open shared object", "make setup"
-    )
-    assert unlinked.fix == "apt-get install liburing2"
+
+
+@pytest.mark.parametrize(
+    ("library", "fix"),
+    [
+        ("liburing.so.2", "apt-get install liburing2"),
+        ("libnuma.so.1", "apt-get install libnuma1"),
+        ("libother.so.1", "make setup"),
+    ],
+)
+def test_a_library_that_the_engine_is_linked_with(library: str, fix: str) -> None:
+    problem = f"the C engine cannot be loaded: {library}: cannot open shared object file"
+    assert checks.c_engine([], problem, "make setup").fix == fix
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,14 @@ def test_less_than_asked_for_is_kept_and_told(
     assert "compact_memory" in shown.err
     assert host_command("hugepages", "--release") in shown.err
     assert machine.all_kept == [300, 100]
-    assert record("--reserve", "1G", code=1)["change"]["after_bytes"] == 800 * MIB
+    found = record("--reserve", "1G", code=1)
+    assert (found["ok"], found["change"]["after_bytes"]) == (False, 800 * MIB)
+
+
+def test_a_refusal_is_one_record_too(machine: Machine, record: Any) -> None:
+    found = record("--reserve", "100G", code=1)
+    assert found["ok"] is False
+    assert "too much" in found["error"]
 
 
 def test_pages_on_loan_do_not_count(machine: Machine, record: Any) -> None:

@@ -24,6 +24,7 @@ MODEL_SIDE = (
     "layers.py",
     "loading.py",
     "models.py",
+    "prefill.py",
     "runner.py",
     "bench/",
 )
@@ -157,3 +158,22 @@ def test_loads_neither_torch_nor_transformers(code: str) -> None:
     show = f"import sys; {code}; print('loaded:', *sorted({HEAVY!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize("command", ["bind", "unbind", "status", "hugepages"])
+def test_host_tools_start_with_the_standard_library_alone(command: str) -> None:
+    """-S: as from a bare checkout, where nothing is installed."""
+    code = """
+import sys
+from dualblade.host.__main__ import main
+try:
+    main([sys.argv[1], "--help"])
+except SystemExit:
+    print("loaded:", *{name.partition(".")[0] for name in sys.modules})
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.splitlines()[-1].split()[1:])
+    assert f"dualblade.host {command}" in done.stdout
+    assert loaded - sys.stdlib_module_names == {"dualblade", "__main__"}
