@@ -25,14 +25,18 @@ _NVME_IOCTL_ID = 0x4E40  # of a generic or a block device: which namespace of it
 _OTHERS = "name another target: a file, or a block device such as /dev/nvme1n1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Claim:
     generic: int
     block: int
+    held: bool = True
 
     def close(self) -> None:
+        if not self.held:
+            return
+        self.held = False
         os.close(self.generic)
-        # Of what it was read through meanwhile nothing may be kept: it has been written past it.
+        # The page cache may hold what was there before it was written from here.
         os.posix_fadvise(self.block, 0, 0, os.POSIX_FADV_DONTNEED)
         release(self.block)
 

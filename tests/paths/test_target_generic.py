@@ -219,7 +219,10 @@ def test_a_mounted_filesystem_is_never_bypassed(target: str, tmp_path: Path) -> 
 def test_a_store_keeps_every_row(target: str) -> None:
     record("create", target)
     opened = open_file(target)
-    paths = {PathKind.DIRECT: DirectPath(opened, open_volume(opened)), PathKind.PAGE_CACHE: MemPath()}
+    paths = {
+        PathKind.DIRECT: DirectPath(opened, open_volume(opened)),
+        PathKind.PAGE_CACHE: MemPath(kind=PathKind.PAGE_CACHE),
+    }
     shape = Shape(layers=3, heads=4, dtype=torch.float32, tokens=400, capacity=400, depth=1)
     store = make_store(shape, paths, placed=True)
     checked = Checked(store, shape)
@@ -241,6 +244,7 @@ def test_what_a_dead_process_left_is_taken_back(target: str) -> None:
 
 
 @on_a_drive
+@pytest.mark.slow
 def test_a_whole_run(target: str) -> None:
     record("create", target)
     words = ["run", "--model", "tiny", "--prompt", "The list type", "--mem-budget", "1G", "--nvme", target]
