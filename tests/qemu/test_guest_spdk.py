@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drives import MIB, Drive, call, host, in_child, record
+from drives import MIB, Drive, call, dualblade, host, in_child, record
 
 pytestmark = [pytest.mark.needs("qemu", "spdk"), pytest.mark.machine("iommu")]
 HUGEPAGES = "256M"
@@ -56,6 +56,15 @@ def through_spdk(drive: Drive, offset: int, write: bytes, expect: bytes, huge: b
         queue.run(FLUSH, [plain(0, 0, 0)])
         region.buffer(0, len(write))[:] = bytes(len(write))
         assert read() == write
+
+
+def test_without_hugepages_the_hint_leads_on(blank: Drive) -> None:
+    take(blank)
+    told = dualblade("volume", "show", blank.address, code=1)
+    assert "SPDK needs" in told
+    call("sh", "-c", told.partition("hint: ")[2])
+    assert "volume create" in dualblade("volume", "show", blank.address, code=1)
+    host("hugepages", "--release")
 
 
 @pytest.mark.parametrize("huge", [True, False], ids=["hugepages", "ordinary_memory"])
