@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from drives import MIB, Drive, host, in_child, record, state
+from test_guest_bind import same_but_for
 from test_guest_spdk import through_spdk
+
+from dualblade.host import bind as binding
 
 UIO = ("--driver", "uio_pci_generic")
 pytestmark = [pytest.mark.needs("qemu"), pytest.mark.machine("no-iommu")]
@@ -20,6 +23,16 @@ def test_vfio_is_refused_and_the_way_out_is_named(blank: Drive) -> None:
     assert "no IOMMU" in told
     assert "--driver uio_pci_generic" in told
     assert state() == before
+
+
+def test_what_the_kernel_refuses_after_all_is_undone(blank: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vfio-pci's probe fails here, whatever we think of the machine."""
+    before = state()
+    monkeypatch.setattr(binding, "unfit", lambda *words: [])
+    told = host("bind", blank.block, "--serial", "BLANK0", "--yes", code=1)
+    assert "vfio-pci did not take" in told
+    blank.wait()
+    assert same_but_for(before, blank)
 
 
 def test_uio_by_its_flag_with_its_warning(blank: Drive) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from drives import MIB, Drive, call, drives, host, record, state, wait_until
 
+from dualblade.host import driver
+from dualblade.host.sysfs import Host
+
 pytestmark = [pytest.mark.needs("qemu"), pytest.mark.machine("iommu")]
 
 
@@ -193,6 +196,22 @@ def test_a_drive_with_two_paths() -> None:
 def test_controllers_of_one_iommu_group() -> None:
     found = drives()
     refused(found["GROUP0"], "iommu-group", found["GROUP1"].address, serial="GROUP0")
+
+
+def test_the_last_controller_of_a_group_may_go_when_the_others_have() -> None:
+    found = drives()
+    first, last = found["GROUP0"], found["GROUP1"]
+    machine = Host()
+    driver.load_module(machine, "vfio-pci")
+    driver.set_override(machine, first.address, "vfio-pci")
+    driver.detach(machine, first.address)
+    driver.probe(machine, first.address)
+    try:
+        assert record("bind", last.address, "--serial", "GROUP1", "--yes", program=host)["ok"]
+    finally:
+        for one in (last, first):
+            host("unbind", one.address)
+            one.wait()
 
 
 def test_another_serial_number_or_none(spare: Drive) -> None:
