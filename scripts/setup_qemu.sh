@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the tests in a virtual machine need: QEMU, installed where root or sudo allows, and in build/qemu
 # (nothing of it is installed) Debian's standard kernel with the modules that the guest loads, busybox,
-# and the tools that make dm and md devices. Does nothing when all is there. V=1 shows all.
+# and the tools that make dm and md devices and filesystems. Does nothing when all is there. V=1 shows all.
 # Always exits 0: what is missing, the tests tell as the need `qemu`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 LOG=build/qemu-setup.log
 GUEST=build/qemu
 TREES='fs drivers/md drivers/nvme drivers/uio drivers/vfio drivers/virtio net/9p arch block crypto lib virt'
+TOOLS='busybox-static dmsetup mdadm e2fsprogs'
 . scripts/lib.sh
 
 give_up() { say "$*"; exit 0; }
@@ -25,6 +26,12 @@ kernel_package() {
     apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n1
 }
 
+# Those of the tools' libraries that a machine without the tools may lack; their names change with releases.
+tool_libraries() {
+    # shellcheck disable=SC2086
+    apt-cache depends $TOOLS | sed -n 's/.*Depends: \(lib\(com-err\|devmapper\|ext2fs\|ss2\)[^ ]*\).*/\1/p' | sort -u
+}
+
 package_names() {
     local kernel
     kernel=$(kernel_package)
@@ -32,7 +39,7 @@ package_names() {
         as_root apt-get update >"$LOG" 2>&1 || true # lists that were never fetched, or were thrown away
         kernel=$(kernel_package)
     fi
-    [ -n "$kernel" ] && echo "$kernel" busybox-static dmsetup libdevmapper1.02.1 mdadm
+    [ -n "$kernel" ] && echo "$kernel $TOOLS" $(tool_libraries)
 }
 
 # Into a folder that everyone may write to: as root, apt fetches as a user of its own.
@@ -60,7 +67,7 @@ unpack_kernel() {
 
 unpack() {
     local package
-    rm -rf "$GUEST/root" && mkdir -p "$GUEST/root"
+    rm -rf "$GUEST/root" "$GUEST"/vmlinux-* && mkdir -p "$GUEST/root"
     for package in "$GUEST"/new/*.deb; do
         case $package in
             */linux-image-*) unpack_kernel "$package" ;;
@@ -75,7 +82,7 @@ mkdir -p "$GUEST"
 exec 9>"$GUEST/lock"
 flock 9
 install_qemu
-[ -e "$GUEST/complete" ] && exit 0
+[ "$(cat "$GUEST/complete" 2>/dev/null)" = "$TREES $TOOLS" ] && exit 0
 fetch_packages
 quietly unpack || give_up "the packages for the tests in a virtual machine could not be unpacked"
-touch "$GUEST/complete"
+echo "$TREES $TOOLS" >"$GUEST/complete"

@@ -41,6 +41,8 @@ def vmlinux() -> Path:
     unpacked = BUILT / packed.name.replace("vmlinuz", "vmlinux")
     if not unpacked.exists():
         data = packed.read_bytes()
+        if _XZ not in data:
+            return packed
         temporary = unpacked.with_suffix(".new")
         temporary.write_bytes(lzma.LZMADecompressor().decompress(data[data.index(_XZ) :]))
         temporary.rename(unpacked)

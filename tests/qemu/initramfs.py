@@ -33,7 +33,7 @@ def ordered(root: Path, names: tuple[str, ...]) -> Iterator[Path]:
     for line in (folder / "modules.dep").read_text().splitlines():
         path, _, rest = line.partition(":")
         needs[path] = rest.split()
-    by_name = {Path(path).stem: path for path in needs}
+    by_name = {Path(path).name.partition(".")[0]: path for path in needs}  # .ko, or .ko.xz
     seen: set[str] = set()
 
     def visit(path: str) -> Iterator[Path]:

@@ -18,10 +18,9 @@ cat >/run/modprobe <<'END'
 END
 chmod +x /run/modprobe
 for folder in /sbin /usr/sbin; do rm -f $folder/modprobe && cp /run/modprobe $folder/modprobe; done
-for tool in dmsetup mdadm; do
-    rm -f "/run/bin/$tool"
-    printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' \
-        "$TOOLS/lib/x86_64-linux-gnu" "$TOOLS/sbin/$tool" >"/run/bin/$tool"
+for tool in dmsetup mdadm mkfs.ext4; do
+    printf '#!/bin/sh\nMKE2FS_CONFIG=%s LD_LIBRARY_PATH=%s exec %s "$@"\n' "$TOOLS/etc/mke2fs.conf" \
+        "$TOOLS/lib/x86_64-linux-gnu:$TOOLS/usr/lib/x86_64-linux-gnu" "$TOOLS/sbin/$tool" >"/run/bin/$tool"
     chmod +x "/run/bin/$tool"
 done
 # SPDK starts OpenSSL, which wants its configuration; an empty one will do.
