@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,27 @@ def contents_of(host: Host, space: Namespace) -> Contents:
         return Contents(VOLUME, uuids[0])
     blank = head == bytes(len(head)) and tail == bytes(len(tail))  # any() takes its time
     return Contents(EMPTY if blank else DATA)
+
+
+def contents_within(host: Host, space: Namespace, seconds: float) -> Contents:
+    """contents_of() by a process of its own: a read from a drive that is ill may take minutes, and cannot
+    be given up. UNKNOWN where it has not answered by then."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            found = contents_of(host, space)
+            os.write(writer, f"{found.state} {found.uuid or ''}".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        answered, _, _ = select.select([reader], [], [], seconds)
+        words = os.read(reader, 256).decode().split() if answered else []
+        os.waitpid(child, 0 if answered else os.WNOHANG)
+    finally:
+        os.close(reader)
+    return Contents(*words) if words else Contents(UNKNOWN)
 
 
 def _volume_at(head: bytes, offset: int) -> str | None:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dualblade.host import journal
-from dualblade.host.contents import VOLUME, contents_of
+from dualblade.host.contents import VOLUME, contents_within
 from dualblade.host.hugepages import pools
 from dualblade.host.nvme import Controller, Namespace, controller_at
 from dualblade.host.pci import PciDevice, nvme_devices
 from dualblade.host.processes import holders_of_vfio, userspace_nodes
 from dualblade.host.sysfs import Host
+
+_READ_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ def _namespaces(host: Host, controller: Controller | None) -> list[dict[str, Any
 
 
 def _namespace(host: Host, space: Namespace) -> dict[str, Any]:
-    """contents: "empty", "volume" (ours), "data", or "unknown" where it may not be read."""
-    found = contents_of(host, space)
+    """contents: "empty", "volume" (ours), "data", or "unknown": it may not be read, or does not answer."""
+    found = contents_within(host, space, _READ_SECONDS)
     return {
         "node": space.node,
         "nsid": space.nsid,

@@ -16,7 +16,7 @@ from dualblade.units import format_size
 SUMMARY = "Show every NVMe drive, who drives it and who has it open, hugepages, and what is left half done."
 JSON_HELP = "One JSON object on stdout."
 EXAMPLE = "sudo dualblade-spdk status"
-_CONTENTS = {"empty": "empty at both ends", "data": "data", "unknown": "not readable by this user"}
+_CONTENTS = {"empty": "empty at both ends", "data": "data", "unknown": "not to be read"}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

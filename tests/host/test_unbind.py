@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from one_drive import (
 
 from dualblade.cli.main import main as program
 from dualblade.host import __main__ as tool
-from dualblade.host import journal
+from dualblade.host import journal, status
 from dualblade.host.journal import bound_address, bound_namespace
 from dualblade.units import MIB
 
@@ -143,6 +144,17 @@ def test_status_shows_every_drive(machine: Machine, run: Any) -> None:
     assert "0000:02:00.0: Fast SSD 4000, serial SECOND: vfio-pci" in text
     assert "IOMMU: on" in text
     assert machine.snapshot() == before
+
+
+def test_a_drive_that_does_not_answer_holds_nothing_up(
+    machine: Machine, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "_READ_SECONDS", 0.1)
+    machine.path(NODE).unlink()
+    os.mkfifo(machine.path(NODE))  # to open it blocks until there is a writer
+    assert json.loads(run("status", "--json")[1])["drives"][0]["namespaces"][0]["contents"] == "unknown"
+    os.close(os.open(machine.path(NODE), os.O_WRONLY))  # the child ends
+    os.wait()
 
 
 def test_status_without_a_drive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
