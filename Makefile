@@ -10,7 +10,7 @@ export V
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full test-qemu soak bench lint asan tsan clean
+.PHONY: help setup setup-qemu run test test-full test-qemu soak bench lint asan tsan clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 \2/p' $(MAKEFILE_LIST) | \
@@ -19,17 +19,20 @@ help: ## list the targets
 setup: ## .venv with the package and the C engine (every other target does it as needed)
 	$(Q)scripts/setup_env.sh
 
+setup-qemu: setup
+	$(Q)scripts/setup_qemu.sh
+
 run: setup ## a real run, offline; leaves build/run.json
 	$(Q)scripts/demo.sh
 
-test: setup ## the tests that this machine can run; one line a need at the end
+test: setup setup-qemu ## the tests that this machine can run; one line a need at the end
 	$(Q)$(PYTEST) -m "not slow and not soak" $(T)
 
-test-full: setup ## the slow tests too
+test-full: setup setup-qemu ## the slow tests too
 	$(Q)$(PYTEST) -m "not soak" $(T)
 
-test-qemu: ## the tests in a virtual machine
-	@echo "test-qemu: this version has no such suite" >&2; exit 1
+test-qemu: setup setup-qemu ## the tests in a virtual machine with NVMe drives and an IOMMU
+	$(Q)REQUIRE=qemu $(PYTEST) -m "not soak" $(if $(T),$(T),tests/qemu)
 
 soak: setup ## SOAK_ROUNDS (1000) rounds of generation while an emulated controller fails at random
 	$(Q)REQUIRE=spdk $(PYTEST) -m soak tests/soak

@@ -13,7 +13,6 @@ from dualblade.config import nvme_secrets
 from dualblade.errors import BudgetError, TargetError
 from dualblade.extents import LBA
 from dualblade.host.command import as_root, host_command
-from dualblade.host.eligible import UIO
 from dualblade.host.journal import DEVICES, USERSPACE_DRIVERS, driver_of
 from dualblade.host.meminfo import machine_memory
 from dualblade.host.sysfs import Host
@@ -172,7 +171,7 @@ def _start(memory: int, bdf: str | None) -> None:
         usable = (machine.hugepages_free - machine.hugepages_reserved) * machine.hugepage_bytes
         hugepages = machine.hugepage_bytes == 2 * MIB and usable >= wanted
         if bdf and not hugepages:
-            _check_translated(bdf, wanted, machine.hugepages_total * machine.hugepage_bytes - usable)
+            raise _no_hugepages(bdf, wanted, machine.hugepages_total * machine.hugepage_bytes - usable)
         start_environment(wanted if hugepages else max(2 * wanted, 512 * MIB), hugepages, bdf is not None)
         return
     if bdf and not running.pci:
@@ -185,15 +184,14 @@ def _start(memory: int, bdf: str | None) -> None:
         )
 
 
-def _check_translated(bdf: str, wanted: int, used: int) -> None:
-    """Ordinary memory is scattered, and without an IOMMU the drive cannot be told where. used: bytes of
-    hugepages that others have. Raises TargetError."""
-    if driver_of(bdf, Host()) == UIO:
-        raise TargetError(
-            f"{bdf} is bound to {UIO}, without an IOMMU: SPDK needs {format_size(wanted)} in free hugepages "
-            "of 2 MiB",
-            host_command("hugepages", "--reserve", f"{round_up(used + wanted, MIB) // MIB}M"),
-        )
+def _no_hugepages(bdf: str, wanted: int, used: int) -> TargetError:
+    """Ordinary memory will not do for a drive on PCI. Without an IOMMU the drive cannot be told where its
+    scattered pages are; with one, VFIO pins and maps every page of 4 KiB by itself, 65535 of them at most.
+    used: bytes of hugepages that others have."""
+    return TargetError(
+        f"SPDK needs {format_size(wanted)} in free hugepages of 2 MiB to drive {bdf}",
+        host_command("hugepages", "--reserve", f"{round_up(used + wanted, MIB) // MIB}M"),
+    )
 
 
 def _hint(transport_id: str) -> str:

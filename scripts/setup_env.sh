@@ -8,19 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 STAMP=build/setup.stamp
 LOG=build/setup.log
-
-say() { echo "setup: $*" >&2; }
-die() { say "$*"; exit 1; }
-
-# Quiet, but with the whole output when it fails.
-quietly() {
-    if [ "${V:-0}" = 1 ]; then
-        "$@"
-    elif ! "$@" >"$LOG" 2>&1; then
-        cat "$LOG" >&2
-        return 1
-    fi
-}
+. scripts/lib.sh
 
 # What the build depends on. liburing is in it: installed later, it calls for a new build.
 fingerprint() {
@@ -43,17 +31,6 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     command -v pkg-config >/dev/null || echo pkg-config
     pkg-config --exists liburing 2>/dev/null || echo liburing-dev
-}
-
-apt_install() {
-    local sudo=()
-    [ "$(id -u)" = 0 ] || sudo=(sudo -n)
-    command -v apt-get >/dev/null || return 1
-    "${sudo[@]}" true 2>/dev/null || return 1
-    say "installing $*"
-    quietly "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" 2>/dev/null ||
-        { quietly "${sudo[@]}" apt-get update &&
-            quietly "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; }
 }
 
 install_packages() {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,17 @@ def _program(name: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"{name} is not in PATH"
 
 
+def _qemu() -> str | None:
+    """QEMU, and the kernel that scripts/setup_qemu.sh fetches."""
+    if platform.machine() != "x86_64":
+        return f"the guest runs this machine's programs, which are for {platform.machine()}, not x86_64"
+    if reason := _program("qemu-system-x86_64")():
+        return f"{reason} (apt-get install qemu-system-x86)"
+    if not (Path(__file__).parents[1] / "build/qemu/complete").exists():
+        return "build/qemu has no kernel; scripts/setup_qemu.sh fetches it, or says why it cannot"
+    return None
+
+
 _PROBES: dict[str, Callable[[], str | None]] = {
     "uring": _uring,
     "o_direct": _o_direct,
@@ -170,7 +182,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "loop": _loop,
     "nvmf_tgt": _nvmf_tgt,
     "spdk": _spdk,
-    "qemu": _program("qemu-system-x86_64"),
+    "qemu": _qemu,
     "gpu": _gpu,
 }
 NAMES = tuple(_PROBES)

@@ -77,3 +77,13 @@ def test_the_doctor_warns(built: Path, tmp_path: Path) -> None:
     state, detail, fix = json.loads(python(built, "-c", ask))
     assert (state, fix) == ("warn", "apt-get install liburing-dev pkg-config && rebuild")
     assert detail.startswith("built without liburing (it has: posix mem null); posix threads")
+
+
+def test_a_generic_device_needs_liburing(built: Path) -> None:
+    ask = (
+        "from dualblade.errors import TargetError; from dualblade.targets import open_target\n"
+        "try: open_target('/dev/ng0n1', capacity=None, cache_dir=None)\n"
+        "except TargetError as error: print(error.message, error.hint, sep='; ')"
+    )
+    told = python(built, "-c", ask)
+    assert told.startswith("/dev/ng0n1 needs io_uring, which this build is without; install liburing")
