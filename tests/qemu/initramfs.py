@@ -43,8 +43,10 @@ def ordered(root: Path, names: tuple[str, ...]) -> Iterator[Path]:
                 yield from visit(other)
             yield folder / path
 
+    built_in = {Path(line).stem for line in (folder / "modules.builtin").read_text().split()}
     for name in names:
-        yield from visit(by_name[name])
+        if name not in built_in:
+            yield from visit(by_name[name])
 
 
 class Cpio:
