@@ -5,7 +5,8 @@
 V ?= 0
 Q := $(if $(filter 1,$(V)),,@)
 T ?=
-PYTEST := .venv/bin/python -m pytest $(if $(filter 1,$(V)),-v,-q)
+# threads that wait for each other asleep: a busy machine has no CPU to spare for spinning
+PYTEST := OMP_WAIT_POLICY=passive .venv/bin/python -m pytest $(if $(filter 1,$(V)),-v,-q)
 export V
 MAKEFLAGS += --no-print-directory
 
