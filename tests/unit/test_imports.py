@@ -26,6 +26,7 @@ MODEL_SIDE = (
     "models.py",
     "prefill.py",
     "runner.py",
+    "streaming.py",
     "bench/",
 )
 HEAVY = {"torch", "transformers"}
