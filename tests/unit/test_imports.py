@@ -20,6 +20,7 @@ FILES = sorted(
 MODEL_SIDE = (
     "attention.py",
     "checkpoint.py",
+    "handles.py",
     "hf.py",
     "layers.py",
     "loading.py",
