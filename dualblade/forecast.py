@@ -23,6 +23,8 @@ PREFILL_CHUNK, SMALLEST_CHUNK = 2048, 16
 FEWEST_ROWS = 512  # of a matrix product in prefill: fewer take longer
 # What prefill holds saves reading the cache again, but every byte of it is one less for the page cache.
 ACTIVATIONS_PART = 4
+# Streamed, the cache is read again for every chunk of the prompt: its length is worth more than pages.
+STREAMED_PART = 3
 LONGEST_CONTEXT = 1 << 24  # of a model that names no end
 
 
@@ -74,7 +76,8 @@ class Forecast:
         return manners + [True] * (self.can_stream and self.settings.stream != "never")
 
     def _ways(self, context: int, prompt: int, streamed: bool) -> Iterator[Prefill]:
-        spare = (self.settings.budget - self.settings.weights) // ACTIVATIONS_PART
+        part = STREAMED_PART if streamed else ACTIVATIONS_PART
+        spare = (self.settings.budget - self.settings.weights) // part
         token = self._paused(context)
         found = False
         for chunk in self._chunks(prompt):

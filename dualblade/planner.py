@@ -111,13 +111,13 @@ def _plan_staging(
     num_layers = len({spec.key.layer for spec in specs})
     if not specs:  # a model of sliding windows alone
         return PipelinePlan(prefetch_depth=0, slots=0)
-    _, slot_bytes = _slot(specs, layouts, None)
+    capacity, slot_bytes = _slot(specs, layouts, None)
     if request.stream != "always" and 2 * slot_bytes <= left:
         return plan_pipeline(num_layers, slot_bytes, left, request.prefetch_depth)
     if request.stream == "never":
         raise _too_small(request, left, 2 * slot_bytes, "one layer's K and V")
     tokens, unit = _slot(specs, layouts, 1)
-    streamed = plan_stream(tokens, unit, left)
+    streamed = plan_stream(capacity, tokens, unit, left)
     if streamed is None:
         raise _too_small(request, left, STREAM_SLOTS[-1] * unit, "the chunks of one layer's K and V")
     return streamed

@@ -103,17 +103,16 @@ def one_piece(family: str, dtype: torch.dtype, batch: int):
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_close_to_one_piece(family: str, batch: int, tmp_path: Path) -> None:
-    """In float32: logits within a thousand roundings of their size, and the same greedy tokens."""
+    """In float32: logits within a hundred roundings of their size, and the same greedy tokens, none of which
+    was in doubt."""
     want = one_piece(family, torch.float32, batch)
     with streamed(family, torch.float32, batch, tmp_path) as cache:
         got = generate(family, torch.float32, batch, None, cache)
-    margins = [step.topk(2).values.diff().abs().min() for step in want.logits]
-    assert min(margins) > 1e-4, "the models' random weights leave no doubt which token is next"
-    assert torch.equal(want.sequences, got.sequences)
     for a, b in zip(want.logits, got.logits, strict=True):
-        torch.testing.assert_close(
-            b, a, rtol=0, atol=1000 * torch.finfo(torch.float32).eps * float(a.abs().max())
-        )
+        allowed = 100 * torch.finfo(torch.float32).eps * float(a.abs().max())
+        torch.testing.assert_close(b, a, rtol=0, atol=allowed)
+        assert float(a.topk(2).values.diff().abs().min()) > 2 * allowed
+    assert torch.equal(want.sequences, got.sequences)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -189,10 +188,10 @@ def empty_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("empty_process")
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_budget_of_less_than_a_layer(family: str, tmp_path: Path) -> None:
+def test_a_budget_of_less_than_a_layer(tmp_path: Path) -> None:
     """Refused in one piece; streamed, with its slots within what is left of the budget, where that may be."""
-    batch, config = 16, model_of(family, torch.float32, STREAMED).config
+    family, batch = "qwen3", 16
+    config = model_of(family, torch.float32, STREAMED).config
     shape = next(shape for shape in layer_shapes(config) if shape.offloaded)
     layer = 2 * batch * shape.heads * shape.head_dim * 4 * (PROMPT + NEW)
     options = {"mem_budget": layer, "activation_bytes": layer // 8, "page_cache_budget": 0}
@@ -225,7 +224,7 @@ def test_a_model_that_cannot_stream_is_refused(tmp_path: Path) -> None:
     assert not streams(model.config)
     options = {"nvme": "mem:64M", "dtype": torch.float32, "cache_dir": tmp_path, "max_tokens": PROMPT + NEW}
     with pytest.raises(BudgetError, match="one layer's K and V"):
-        DualBladeCache(model.config, mem_budget="200K", activation_bytes=0, batch_size=1, **options)
+        DualBladeCache(model.config, mem_budget="100K", activation_bytes=0, batch_size=1, **options)
     with (
         DualBladeCache(model.config, mem_budget="8G", stream="always", **options) as cache,
         pytest.raises(ConfigError, match="this attention wants them whole"),
