@@ -5,6 +5,7 @@ attention in one piece."""
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from transformers import DynamicCache
 
 from dualblade import DualBladeCache, offload
 from dualblade.attention import streams
+from dualblade.cli.main import main
 from dualblade.errors import BudgetError, ConfigError, StorageError
 from dualblade.handles import STREAMED, Handle, in_memory_cache
 from dualblade.layers import layer_shapes
 from dualblade.runner import Generation, Prompt, Sampling
 from dualblade.tensors import TensorKey
+from dualblade.zoo import TINY
 from spdk_glue import PAGE, READ, WRITE
 
 PROMPT, NEW = 230, 12
@@ -230,6 +233,57 @@ def test_a_model_that_cannot_stream_is_refused(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="this attention wants them whole"),
     ):
         generate("llama", torch.float32, 1, None, cache, attention=None)
+
+
+# the program --------------------------------------------------------------------------------
+
+SAMPLE = TINY.parent / "sample.txt"
+RUN = ["run", "--model", "tiny", "--prompt-file", str(SAMPLE), "--mem-budget", "2G", "--max-new-tokens", "24"]
+
+
+@pytest.mark.needs("o_direct")
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("kv_path", ["auto", "direct", "page-cache"])
+def test_run(kv_path: str, direct_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Verified token by token against the same chunks in memory."""
+    share = ["--page-cache-budget", "2M"] if kv_path == "auto" else []
+    options = ["--stream", "always", "--kv-path", kv_path, *share, "--verify", "--json"]
+    assert main([*RUN, *options, "--prefill-chunk", "64", "--cache-dir", str(direct_dir)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["verified"] is True
+    assert record["pipeline"]["attention"] == "streamed"
+    assert 0 < record["pipeline"]["chunk_tokens"] < record["prompt_tokens"]
+    assert record["memory"]["peak_bytes"] <= record["memory"]["budget_bytes"]
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is read again is the older rows of every chunk of the prompt."""
+    command = [
+        "plan",
+        "--model",
+        "tiny",
+        "--mem-budget",
+        "2G",
+        "--context",
+        "1025",
+        "--cache-dir",
+        str(tmp_path),
+    ]
+    seen = {}
+    for stream in ("auto", "always"):
+        assert main([*command, "--stream", stream, "--prefill-chunk", "256", "--json"]) == 0
+        seen[stream] = json.loads(capsys.readouterr().out)
+    assert [seen["auto"][name] for name in ("attention", "chunk_tokens")] == ["one-piece", None]
+    assert seen["auto"]["prefill_reread_bytes"] == 0
+    assert seen["always"]["attention"] == "streamed"
+    assert seen["always"]["prefill_reread_bytes"] == seen["always"]["kv_bytes"] * (256 + 512 + 768) // 1025
+    assert main([*command, "--stream", "always"]) == 0
+    assert f"in chunks of {seen['always']['chunk_tokens']} tokens" in capsys.readouterr().out
+
+
+def test_a_model_whose_attention_cannot_be_streamed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--stream", "always", "--attention", "eager"]) == 1
+    assert "the attention of tiny cannot be streamed (eager)" in capsys.readouterr().err
 
 
 # handles ------------------------------------------------------------------------------------
