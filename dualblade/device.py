@@ -47,11 +47,15 @@ class CpuDevice:
         """Tokens [start, start + count) of every run of `source` to [at, at + count) of `out`."""
         out[:, at : at + count].copy_(source[:, start : start + count])
 
-    def write_rows(self, rows: torch.Tensor, out: torch.Tensor, at: int) -> None:
-        """New rows [batch, KV head, tokens, head_dim] to tokens [at, at + tokens) of `out`."""
+    def write_rows(
+        self, rows: torch.Tensor, out: torch.Tensor, at: int, start: int = 0, count: int | None = None
+    ) -> None:
+        """`count` new rows from token `start` on, or all after it, of [batch, KV head, tokens, head_dim] to
+        tokens [at, at + count) of `out`."""
         batch, heads, tokens, _ = rows.shape
+        count = tokens - start if count is None else count
         target = out.view(-1, heads, *out.shape[1:])[:batch]
-        target[:, :, at : at + tokens].copy_(rows)
+        target[:, :, at : at + count].copy_(rows[:, :, start : start + count])
 
     def rows(self, view: torch.Tensor, batch: int, heads: int, tokens: int) -> torch.Tensor:
         """The first `tokens` tokens of the first `batch` sequences, [batch, KV head, tokens, head_dim];

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dualblade.errors import BudgetError
+from dualblade.handles import STREAMED
 from dualblade.layers import kept_bytes, kv_specs
 from dualblade.models import activation_bytes, paused_bytes
 from dualblade.offload import make_request
@@ -22,26 +23,32 @@ PREFILL_CHUNK, SMALLEST_CHUNK = 2048, 16
 FEWEST_ROWS = 512  # of a matrix product in prefill: fewer take longer
 # What prefill holds saves reading the cache again, but every byte of it is one less for the page cache.
 ACTIVATIONS_PART = 4
+# Streamed, the cache is read again for every chunk of the prompt: its length is worth more than pages.
+STREAMED_PART = 3
 LONGEST_CONTEXT = 1 << 24  # of a model that names no end
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
     """chunk: prompt tokens of one forward pass. span: tokens that pass a layer before the next one is
-    begun, a multiple of chunk; the cache is read once for every span after the first."""
+    begun, a multiple of chunk; the cache is read once for every span after the first. streamed: layers are,
+    and then no slot holds one while a span passes it."""
 
     chunk: int
     span: int
+    streamed: bool = False
 
     def reread(self, prompt: int) -> int:
         """Tokens of K and V that are read again while a prompt goes through."""
-        return sum(range(self.span, prompt, self.span))
+        step = self.chunk if self.streamed else self.span
+        return sum(range(step, prompt, step))
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """settings: with the weights' bytes. chunk: --prefill-chunk, None to let the budget decide.
-    all_logits: the model gives those of every position. limit: positions it has, None without end."""
+    all_logits: the model gives those of every position. limit: positions it has, None without end.
+    can_stream: the model's attention can be streamed."""
 
     config: Any
     settings: CacheSettings
@@ -51,26 +58,35 @@ class Forecast:
     chunk: int | None
     all_logits: bool
     limit: int | None
+    can_stream: bool = False
 
     def prefill_for(self, context: int, prompt: int, snapshot: MemorySnapshot) -> Prefill:
         """How a prompt goes through: the cheapest way that reads nothing again, else the one that reads
-        least, of those that leave the page cache its due."""
-        ways = [way for way in self._ways(context, prompt) if self._fits(context, way, snapshot)]
-        if not ways:
-            *_, shortest = self._chunks(prompt)
-            return Prefill(shortest, shortest)
-        return min(ways, key=lambda way: (way.reread(prompt), self._activations(context, way)))
+        least, of those that leave the page cache its due. Streamed where nothing else fits."""
+        *_, shortest = self._chunks(prompt)
+        for streamed in self._manners():
+            ways = list(self._ways(context, prompt, streamed)) or [Prefill(shortest, shortest, streamed)]
+            if fitting := [way for way in ways if self._fits(context, way, snapshot)]:
+                return min(fitting, key=lambda way: (way.reread(prompt), self._activations(context, way)))
+        return Prefill(shortest, shortest, self._manners()[-1])
 
-    def _ways(self, context: int, prompt: int) -> Iterator[Prefill]:
-        spare = (self.settings.budget - self.settings.weights) // ACTIVATIONS_PART
+    def _manners(self) -> list[bool]:
+        """Streamed or not, the better first."""
+        manners = [] if self.settings.stream == "always" else [False]
+        return manners + [True] * (self.can_stream and self.settings.stream != "never")
+
+    def _ways(self, context: int, prompt: int, streamed: bool) -> Iterator[Prefill]:
+        part = STREAMED_PART if streamed else ACTIVATIONS_PART
+        spare = (self.settings.budget - self.settings.weights) // part
         token = self._paused(context)
         found = False
         for chunk in self._chunks(prompt):
-            room = spare - self._activations(context, Prefill(chunk, chunk))
+            room = spare - self._activations(context, Prefill(chunk, chunk, streamed))
             if room < 0 or (found and chunk * self.batch < FEWEST_ROWS):
                 continue
             found = True
-            yield Prefill(chunk, min(prompt, max(1, room // token // chunk) * chunk))
+            chunks = 1 if streamed else max(1, room // token // chunk)
+            yield Prefill(chunk, min(prompt, chunks * chunk), streamed)
 
     def _chunks(self, prompt: int) -> Iterator[int]:
         chunk = PREFILL_CHUNK if self.chunk is None else self.chunk
@@ -82,12 +98,18 @@ class Forecast:
 
     def settings_for(self, context: int, prefill: Prefill) -> CacheSettings:
         """The settings of a run of `context` tokens whose prompt goes through like that."""
-        return replace(self.settings, activations=self._activations(context, prefill), loaded=False)
+        return replace(
+            self.settings,
+            activations=self._activations(context, prefill),
+            loaded=False,
+            stream="always" if prefill.streamed else "never",
+        )
 
     def _activations(self, context: int, prefill: Prefill) -> int:
         passing = activation_bytes(
-            self.config, self.batch, prefill.chunk, context, self.itemsize, self.attention, self.all_logits
-        )
+            self.config, self.batch, prefill.chunk, context, self.itemsize,
+            STREAMED if prefill.streamed else self.attention, self.all_logits,
+        )  # fmt: skip
         if prefill.span > prefill.chunk:
             passing += prefill.span * self._paused(context)
         return passing + kept_bytes(self.config, self.batch, context, self.itemsize)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dualblade.attention import streams
 from dualblade.device import CpuDevice, leave_a_cpu
 from dualblade.errors import ConfigError, ModelError
+from dualblade.handles import StreamedRows
 from dualblade.layers import kv_specs, layer_shapes
 from dualblade.offload import Offload
 from dualblade.settings import CacheSettings
+from dualblade.streamed_store import StreamedStore
+from dualblade.streaming import Piece
 from dualblade.tensors import TensorKey, TensorSpec
 
 FIRST_TOKENS = 1024  # where a run of unknown length begins
@@ -89,8 +94,10 @@ class DualBladeCache(Cache):
 
     nvme: where the direct path lives (see the README's TARGET); None: a file of this process alone.
     mem_budget: host memory of the whole process. max_tokens and batch_size let everything be
-    placed before the first token; without them tensors grow by contiguous segments. settings:
-    all of these at once, already checked.
+    placed before the first token; without them tensors grow by contiguous segments. stream: "auto" where
+    one layer's K and V do not fit the budget, "never" or "always"; it takes a model that was built with
+    attn_implementation="dualblade", and "auto" is "never" for any other. settings: all of these at once,
+    already checked.
 
     Raises UsageError, ConfigError, BudgetError, TargetError, CapacityError.
     """
@@ -112,6 +119,7 @@ class DualBladeCache(Cache):
         activation_bytes: int | None = None,
         prefetch_depth: int | None = None,
         checksum: bool = False,
+        stream: str = "auto",
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -126,6 +134,7 @@ class DualBladeCache(Cache):
             activation_bytes=activation_bytes,
             prefetch_depth=prefetch_depth,
             checksum=checksum,
+            stream=stream if streams(config) or stream != "auto" else "never",
         )
         self.config = config
         self._max_tokens = max_tokens
@@ -186,6 +195,8 @@ class DualBladeCache(Cache):
         both = ((TensorKey(layer, "K"), keys), (TensorKey(layer, "V"), values))
         for key, rows in both:
             self._check_rows(key, rows)
+        if isinstance(self.storage.store, StreamedStore):
+            return self._exchange_streamed(self.storage.store, layer, keys, values)
         with self.storage.store.failing():  # an interrupt between the two leaves K longer than V
             all_keys, all_values = (self._exchange(key, rows) for key, rows in both)
         return all_keys, all_values
@@ -200,6 +211,27 @@ class DualBladeCache(Cache):
         device.write_rows(rows, slot.view, before)
         store.append(key, slot, count)
         return device.rows(slot.view, rows.shape[0], rows.shape[1], before + count)
+
+    def _exchange_streamed(
+        self, store: StreamedStore, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the rows and return handles, which stream the older rows and pass these on."""
+        older, count = store.tokens(layer), keys.shape[2]
+        batch, heads = keys.shape[:2]
+        device = self._device
+        assert device is not None
+        with store.failing():
+            store.append_rows(TensorKey(layer, "K"), keys, count)
+            store.append_rows(TensorKey(layer, "V"), values, count)
+
+        def pieces() -> Iterator[Piece]:
+            if store.tokens(layer) != older + count:
+                raise ConfigError(f"the K and V of layer {layer} have changed since they were returned")
+            for part in store.stream(layer, older):
+                k, v = (device.rows(view, batch, heads, part.tokens) for view in (part.keys, part.values))
+                yield part.begin, k, v
+
+        return StreamedRows(older, pieces, keys, values).handles()
 
     def _check_rows(self, key: TensorKey, rows: torch.Tensor) -> None:
         spec = self.storage.store.tensors[key].spec

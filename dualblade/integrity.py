@@ -24,13 +24,14 @@ class Checksums:
         self._layout = layout
         self._blocks: list[tuple[int, ...]] = []
 
-    def remember(self, rows: memoryview, head_stride: int, first: int, end: int) -> None:
-        """Blocks [first, end) are about to be written from `rows`; later ones are forgotten.
+    def remember(self, rows: memoryview, head_stride: int, first: int, end: int, origin: int = 0) -> None:
+        """Blocks [first, end) are about to be written from `rows`, which begin with block `origin`.
 
         head_stride: bytes from one head's rows to the next's.
         """
-        del self._blocks[first:]
-        self._blocks += [self._block(rows, head_stride, block) for block in range(first, end)]
+        self._blocks[first:end] = [
+            self._block(rows, head_stride, block - origin) for block in range(first, end)
+        ]
 
     def verify(
         self, rows: memoryview, head_stride: int, count: int, lba_of: Callable[[int], int], first: int = 0

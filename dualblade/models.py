@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 from dualblade.attention import GROUPED, implementation
 from dualblade.errors import ConfigError, ModelError, UsageError
+from dualblade.handles import STREAMED
+from dualblade.streaming import scratch_bytes
 from dualblade.units import MIB
 
 # What the C library's heap keeps between the tensors of a pass; with a quarter more of the tensors
@@ -82,6 +84,11 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreT
 def attention_of(model: PreTrainedModel) -> str:
     """transformers' name of the attention that a model was built with."""
     return str(model.config._attn_implementation)
+
+
+def can_stream(model: PreTrainedModel) -> bool:
+    """Does the model leave attention to the function that transformers was told of?"""
+    return bool(model._supports_attention_backend)
 
 
 def smooth_head(model: PreTrainedModel) -> None:
@@ -203,7 +210,8 @@ def activation_bytes(
     """An upper estimate of what one forward pass holds beside weights and KV, in bytes.
 
     The widest moments of a pre-norm decoder: the MLP's inner rows, or attention with its mask;
-    `eager` also has K and V repeated for every query head, and the scores. And the logits.
+    `eager` also has K and V repeated for every query head, and the scores; `dualblade` its accumulators.
+    And the logits.
     """
     text = text_config(config)
     hidden, heads = text.hidden_size, text.num_attention_heads
@@ -215,6 +223,9 @@ def activation_bytes(
     if attention == "eager":
         attending += 2 * batch * heads * head_dim * context * itemsize
         attending += rows * heads * context * (2 * itemsize + 4)
+    if attention == STREAMED:
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        attending += scratch_bytes(batch, heads, kv_heads, head_dim, chunk)
     logits = (rows if all_logits else batch) * text.vocab_size * (itemsize + 8)
     return max(mlp, attending) * 5 // 4 + logits + HEAP_SLACK
 
@@ -226,5 +237,5 @@ def paused_bytes(
     bytes: its hidden state, its rotary table, and its row of every mask that is not dropped meanwhile."""
     text = text_config(config)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    masks = 0 if attention == GROUPED else 1 + bool(getattr(text, "sliding_window", None))
+    masks = 0 if attention in (GROUPED, STREAMED) else 1 + bool(getattr(text, "sliding_window", None))
     return batch * ((text.hidden_size + 2 * head_dim) * itemsize + 4 * masks * context + 16)

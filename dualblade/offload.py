@@ -15,6 +15,7 @@ from dualblade.planner import BudgetRequest, SegmentPlacer, make_plan
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
 from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
+from dualblade.streamed_store import StreamedStore
 from dualblade.superblock import capacity_for
 from dualblade.target_files import make_cache_dir
 from dualblade.targets import default_capacity, open_target, open_volume
@@ -83,7 +84,8 @@ class Offload:
 
     def _make_store(self, specs: Sequence[TensorSpec], device: Device) -> KVStore:
         plan = self.plan
-        return KVStore(
+        kind = KVStore if plan.pipeline.chunk_tokens is None else StreamedStore
+        return kind(
             specs,
             plan.layouts,
             device,
@@ -98,6 +100,14 @@ class Offload:
     def _cached_fds(self) -> list[int]:
         path = self.paths.get(PathKind.PAGE_CACHE)
         return list(path.fds) if isinstance(path, PageCachePath) else []
+
+    @property
+    def chunks(self) -> dict[int, int] | None:
+        """Tokens of each layer's chunks where layers are streamed, else None."""
+        store = self.store
+        if not isinstance(store, StreamedStore):
+            return None
+        return {spec.key.layer: store.chunk_tokens(spec.key.layer) for spec in self.plan.specs}
 
     @property
     def polling_threads(self) -> int:
@@ -157,6 +167,8 @@ class Offload:
         path = self.paths.get(PathKind.DIRECT) or self.paths.get(PathKind.PAGE_CACHE)
         options = path.queue.options if path else QueueOptions()
         return {
+            "attention": self.plan.pipeline.attention,
+            "chunk_tokens": max(self.chunks.values()) if self.chunks else None,
             "prefetch_depth": self.plan.pipeline.prefetch_depth,
             "chunk_bytes": options.command_bytes,
             "queue_depth": options.queue_depth,
@@ -189,4 +201,5 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         forced=settings.forced,
         policy=settings.policy,
         prefetch_depth=settings.prefetch_depth,
+        stream=settings.stream,
     )

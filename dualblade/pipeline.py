@@ -7,18 +7,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dualblade.errors import BudgetError
-from dualblade.units import format_size
+from dualblade.units import MIB, format_size
 
 # A layer further ahead than this hides no more latency; it only holds memory.
 MOST_AHEAD = 3
 
+# Slots of a streamed run: K and V of a chunk in use, of the chunks fetched ahead, and of new rows. With the
+# fewest nothing is fetched ahead.
+STREAM_SLOTS = (10, 6, 4)
+STREAM_CHUNK = 8 * MIB  # a longer chunk is read no faster
+STAGING_PART = 3  # of the memory that is left; the page cache has the rest
+
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """prefetch_depth: layers fetched ahead. slots: staging slots, two a layer."""
+    """prefetch_depth: layers fetched ahead. slots: staging slots, two a layer. chunk_tokens: of a slot where
+    a layer is streamed in chunks, None where it is whole."""
 
     prefetch_depth: int
     slots: int
+    chunk_tokens: int | None = None
+
+    @property
+    def attention(self) -> str:
+        return "one-piece" if self.chunk_tokens is None else "streamed"
 
 
 def plan_pipeline(
@@ -36,9 +48,22 @@ def plan_pipeline(
             "raise --mem-budget, or lower the context or the batch",
         )
     most = min(MOST_AHEAD if wanted is None else wanted, max(0, num_layers - 1))
-    fits = available // layer_bytes - 1 if wanted is not None else available // 3 // layer_bytes - 1
+    fits = (
+        available // layer_bytes - 1 if wanted is not None else available // STAGING_PART // layer_bytes - 1
+    )
     depth = max(0, min(most, fits))
     return PipelinePlan(depth, 2 * (depth + 1))
+
+
+def plan_stream(tokens: int, unit_tokens: int, unit_bytes: int, available: int) -> PipelinePlan | None:
+    """Chunks of a layer, as long as a third of `available` bytes allows and `tokens` asks for; None where not
+    even the shortest fit. unit: the shortest chunk, tokens and bytes of its K or V."""
+    for slots in STREAM_SLOTS:
+        room = available if slots == STREAM_SLOTS[-1] else available // STAGING_PART
+        units = min(room // slots, max(STREAM_CHUNK, unit_bytes)) // unit_bytes
+        if units:
+            return PipelinePlan(0, slots, min(units, -(-tokens // unit_tokens)) * unit_tokens)
+    return None
 
 
 def layers_ahead(layer: int, num_layers: int, depth: int) -> Iterator[int]:

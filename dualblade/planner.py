@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dualblade.errors import BudgetError
 from dualblade.governor import Footprint, Share, as_option, page_cache_share, place, place_segment
 from dualblade.layout import Layout, choose_layout
-from dualblade.pipeline import PipelinePlan, plan_pipeline
+from dualblade.pipeline import STREAM_SLOTS, PipelinePlan, plan_pipeline, plan_stream
 from dualblade.residency import MemorySnapshot
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import format_size
@@ -24,7 +24,8 @@ DEFAULT_POLICY = "spread"
 @dataclass(frozen=True, slots=True)
 class BudgetRequest:
     """budget: bytes for the whole process, host memory. weights, runtime, activations: bytes.
-    page_cache: --page-cache-budget, or None. forced: the path of every tensor, or None."""
+    page_cache: --page-cache-budget, or None. forced: the path of every tensor, or None. stream: "auto", a
+    layer is streamed in chunks where its K and V do not fit; "never"; "always"."""
 
     budget: int
     weights: int
@@ -34,6 +35,7 @@ class BudgetRequest:
     forced: PathKind | None = None
     policy: str = DEFAULT_POLICY
     prefetch_depth: int | None = None
+    stream: str = "never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,9 @@ def make_plan(
     """
     left = request.budget - request.weights - request.runtime - request.activations
     layouts = choose_layouts(specs, left)
-    capacity = max((layouts[spec.key].capacity_for(spec.tokens) for spec in specs), default=0)
-    slot_bytes = max((layouts[spec.key].slot_bytes(capacity) for spec in specs), default=0)
     tails = sum(layout.block_bytes for layout in layouts.values())
-    pipeline = _plan_staging(specs, request, slot_bytes, left - tails)
+    pipeline = _plan_staging(specs, layouts, request, left - tails)
+    capacity, slot_bytes = _slot(specs, layouts, pipeline.chunk_tokens)
     footprint = Footprint(
         request.weights, request.runtime, pipeline.slots * slot_bytes, tails, request.activations
     )
@@ -95,20 +96,40 @@ def choose_layouts(specs: Sequence[TensorSpec], left: int) -> dict[TensorKey, La
     return {spec.key: choose_layout(spec, tail_bytes) for spec in specs}
 
 
+def _slot(
+    specs: Sequence[TensorSpec], layouts: dict[TensorKey, Layout], chunk_tokens: int | None
+) -> tuple[int, int]:
+    """Tokens and bytes of a slot that holds any of the tensors whole, or `chunk_tokens` of it."""
+    tokens = [(layouts[spec.key], spec.tokens if chunk_tokens is None else chunk_tokens) for spec in specs]
+    capacity = max((layout.capacity_for(count) for layout, count in tokens), default=0)
+    return capacity, max((layout.slot_bytes(capacity) for layout, _ in tokens), default=0)
+
+
 def _plan_staging(
-    specs: Sequence[TensorSpec], request: BudgetRequest, slot_bytes: int, left: int
+    specs: Sequence[TensorSpec], layouts: dict[TensorKey, Layout], request: BudgetRequest, left: int
 ) -> PipelinePlan:
     num_layers = len({spec.key.layer for spec in specs})
     if not specs:  # a model of sliding windows alone
         return PipelinePlan(prefetch_depth=0, slots=0)
-    if 2 * slot_bytes <= left:
+    capacity, slot_bytes = _slot(specs, layouts, None)
+    if request.stream != "always" and 2 * slot_bytes <= left:
         return plan_pipeline(num_layers, slot_bytes, left, request.prefetch_depth)
-    need = request.budget - left + 2 * slot_bytes
+    if request.stream == "never":
+        raise _too_small(request, left, 2 * slot_bytes, "one layer's K and V")
+    tokens, unit = _slot(specs, layouts, 1)
+    streamed = plan_stream(capacity, tokens, unit, left)
+    if streamed is None:
+        raise _too_small(request, left, STREAM_SLOTS[-1] * unit, "the chunks of one layer's K and V")
+    return streamed
+
+
+def _too_small(request: BudgetRequest, left: int, staging: int, what: str) -> BudgetError:
+    need = request.budget - left + staging
     parts = (
         f"weights {format_size(request.weights)}, runtime {format_size(request.runtime)}, "
-        f"activations {format_size(request.activations)}, one layer's K and V {format_size(2 * slot_bytes)}"
+        f"activations {format_size(request.activations)}, {what} {format_size(staging)}"
     )
-    raise BudgetError(
+    return BudgetError(
         f"a memory budget of {format_size(request.budget)} is too small: "
         f"{format_size(need)} is needed ({parts})",
         f"pass --mem-budget {as_option(need)} or more, or lower the context or the batch",

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from dualblade.errors import ModelError, UsageError
 from dualblade.models import decoder_layers, last_position_only
@@ -240,8 +240,3 @@ def end_tokens(model: Any) -> frozenset[int]:
     """The token ids that end a sequence."""
     ends = model.generation_config.eos_token_id
     return frozenset(() if ends is None else ends if isinstance(ends, list) else (ends,))
-
-
-def in_memory_cache(config: Any) -> Cache:
-    """transformers' own cache, all in memory: the reference."""
-    return DynamicCache(config=config)

@@ -12,6 +12,7 @@ from dualblade import loading, models, runner
 from dualblade.device import leave_a_cpu
 from dualblade.errors import ConfigError, DualBladeError, UsageError
 from dualblade.forecast import Forecast, check_machine, device_bytes
+from dualblade.handles import STREAMED, in_memory_cache
 from dualblade.hf import DualBladeCache
 from dualblade.host.heap import return_large_blocks
 from dualblade.host.sysfs import Host
@@ -106,7 +107,23 @@ class Session:
             options.chunk,
             all_logits=not models.last_position_only(empty),
             limit=models.context_limit(self.config),
+            can_stream=self._can_stream(empty),
         )
+
+    def _can_stream(self, empty: Any) -> bool:
+        """Raises ConfigError where that is asked for and cannot be."""
+        can = self.options.attention == "sdpa" and models.can_stream(empty)
+        if self.options.settings.stream == "always" and not can:
+            raise ConfigError(
+                f"the attention of {self.ref.name} cannot be streamed ({models.attention_of(empty)})",
+                "leave out --stream always and --attention",
+            )
+        return can
+
+    @property
+    def attention(self) -> str:
+        """What the model is built with."""
+        return STREAMED if self.prefill.streamed else self.options.attention
 
     def plan(self) -> RunPlan:
         """What run() will do, by arithmetic alone. Raises BudgetError."""
@@ -141,10 +158,11 @@ class Session:
         ) as cache:
             model = self._load(folder)
             result, text = self._generate(model, cache)
+            chunks = cache.storage.chunks
             device = {"device_bytes": device_bytes(cache.storage.plan)}
             record = self._record(result, text) | device | cache.report()
         if self.options.verify:
-            record["verified"] = self._verify(model, result)
+            record["verified"] = self._verify(model, result, chunks)
         return record
 
     def _weight_folder(self) -> Path:
@@ -159,9 +177,9 @@ class Session:
             self.watcher.stage(
                 f"dummy weights: random values, and one decoder layer shared by all {layers} layers"
             )
-            return loading.dummy_model(self.config, self.dtype, options.attention, options.sampling.seed)
+            return loading.dummy_model(self.config, self.dtype, self.attention, options.sampling.seed)
         self.watcher.stage("loading the weights")
-        return loading.load_model(self.ref, folder, self.config, self.dtype, options.attention)
+        return loading.load_model(self.ref, folder, self.config, self.dtype, self.attention)
 
     def _generate(self, model: Any, cache: Any, quiet: bool = False) -> tuple[runner.Generated, str | None]:
         watcher = Watcher() if quiet else self.watcher
@@ -187,10 +205,11 @@ class Session:
         result = generation.run(self.options.max_new_tokens)
         return result, stream.end() if stream else None
 
-    def _verify(self, model: Any, result: runner.Generated) -> bool:
-        """Generate once more with the whole cache in memory. Raises DualBladeError where a token differs."""
+    def _verify(self, model: Any, result: runner.Generated, chunks: dict[int, int] | None) -> bool:
+        """Generate once more with the whole cache in memory, in the same pieces where it was streamed.
+        Raises DualBladeError where a token differs."""
         self.watcher.stage("generating again with the KV cache in memory")
-        expected, _ = self._generate(model, runner.in_memory_cache(self.config), quiet=True)
+        expected, _ = self._generate(model, in_memory_cache(self.config, chunks), quiet=True)
         if expected.tokens != result.tokens:
             raise DualBladeError(
                 "the tokens differ from those with the KV cache in memory",

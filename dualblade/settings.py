@@ -14,6 +14,7 @@ from dualblade.units import parse_size
 
 KV_PATHS = {"auto": None, "page-cache": PathKind.PAGE_CACHE, "direct": PathKind.DIRECT}
 POLICIES = ("spread", "first-fit")
+STREAM = ("auto", "never", "always")
 
 
 def _size(value: str | int | None, name: str) -> int | None:
@@ -27,7 +28,8 @@ class CacheSettings:
     """Sizes in bytes. forced: the path of every tensor, or None for the governor's choice.
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
-    weights are in memory already."""
+    weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
+    its K and V do not fit the budget."""
 
     nvme: str | None
     budget: int
@@ -40,6 +42,7 @@ class CacheSettings:
     activations: int | None
     prefetch_depth: int | None
     checksum: bool = False
+    stream: str = "auto"
     loaded: bool = True
     timeout_s: float = 60.0
 
@@ -58,12 +61,15 @@ class CacheSettings:
         activation_bytes: int | None = None,
         prefetch_depth: int | None = None,
         checksum: bool = False,
+        stream: str = "auto",
     ) -> CacheSettings:
         """Raises UsageError naming the setting that makes no sense."""
         if kv_path not in KV_PATHS:
             raise UsageError(f"kv_path {kv_path!r} is none of {', '.join(KV_PATHS)}")
         if policy is not None and policy not in POLICIES:
             raise UsageError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+        if stream not in STREAM:
+            raise UsageError(f"stream {stream!r} is none of {', '.join(STREAM)}")
         budget = _size(mem_budget, "mem_budget")
         if not budget or budget <= 0:
             raise UsageError(f"mem_budget {mem_budget!r} is not a size", "write e.g. 6G")
@@ -79,4 +85,5 @@ class CacheSettings:
             activations=activation_bytes,
             prefetch_depth=prefetch_depth,
             checksum=checksum,
+            stream=stream,
         )

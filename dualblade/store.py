@@ -28,6 +28,7 @@ class Device(Protocol):
 
     def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> Any: ...
     def copy_rows(self, source: Any, start: int, out: Any, at: int, count: int) -> None: ...
+    def write_rows(self, rows: Any, out: Any, at: int, start: int = 0, count: int | None = None) -> None: ...
 
 
 class Placer(Protocol):
@@ -232,8 +233,7 @@ class KVStore:
         tensor.checksums.verify(self.pool.rows(slot), stride, tensor.full, tensor.offset_of)
         self.checksum_s += time.perf_counter() - begun
 
-    @staticmethod
-    def _await_writes(tensor: Tensor) -> None:
+    def _await_writes(self, tensor: Tensor) -> None:
         for ticket in tensor.writes:
             ticket.wait()
         tensor.writes = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dualblade.settings import KV_PATHS, POLICIES
+from dualblade.settings import KV_PATHS, POLICIES, STREAM
 
 _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--model", default="tiny", show_default=True, help="An alias, a hub id or a local folder."),
@@ -45,6 +45,13 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         show_default=True,
         help="dummy: random values, one decoder layer shared by all; nothing is downloaded.",
     ),
+    click.option(
+        "--stream",
+        type=click.Choice(list(STREAM)),
+        default="auto",
+        show_default=True,
+        help="Attend to a layer in chunks; auto: where its K and V do not fit the budget.",
+    ),
     click.option("--checksum", is_flag=True, help="Verify every block that is read back (CRC-32C)."),
     click.option("--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead."),
 ]
@@ -71,5 +78,6 @@ def settings_from(options: dict[str, Any]) -> Any:
         "cache_dir",
         "prefetch_depth",
         "checksum",
+        "stream",
     )
     return CacheSettings.checked(**{name: options[name] for name in names})

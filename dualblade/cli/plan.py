@@ -80,6 +80,8 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
         "all_in_page_cache_up_to": session.all_cached_up_to(),
         "context_limit": context_limit(session.config),
+        "attention": made.pipeline.attention,
+        "chunk_tokens": made.pipeline.chunk_tokens,
         "prefetch_depth": made.pipeline.prefetch_depth,
         "storage_s_per_token": storage_seconds(
             session.settings.cache_dir, session.settings.nvme, cached, direct
@@ -103,6 +105,8 @@ def _show(record: dict[str, Any]) -> None:
     click.echo(f"device {describe_device(record['device_bytes'])}")
     click.echo(_page_cache_words(record))
     click.echo(_prefill_words(record))
+    if record["chunk_tokens"]:
+        click.echo(f"attention streamed: a layer's K and V pass in chunks of {record['chunk_tokens']} tokens")
     for kind, count in record["kept_in_memory"]["layers"].items():
         click.echo(
             f"{count} layers of {kind} keep their own cache in memory: it does not grow with the context"
@@ -129,6 +133,8 @@ def _page_cache_words(record: dict[str, Any]) -> str:
 
 def _prefill_words(record: dict[str, Any]) -> str:
     how = f"prefill layer by layer, {record['prefill_span']} tokens a layer, {record['prefill_chunk']} a pass"
+    if record["chunk_tokens"]:
+        how = f"prefill {record['prefill_chunk']} tokens a pass"
     again = record["prefill_reread_bytes"]
     return f"{how}: {f'{format_size(again)} of KV read again' if again else 'no KV read again'}"
 

@@ -193,6 +193,8 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         if direct["tensors"]
         else "direct path: not needed",
     ]
+    if pipeline["chunk_tokens"]:
+        lines.append(f"attention streamed, in chunks of {pipeline['chunk_tokens']} tokens of a layer")
     lines += sorted(
         {
             f"engine {path['engine']}, because {path['reason']}"
@@ -203,5 +205,6 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
     if memory["peak_bytes"] > memory["budget_bytes"]:
         lines.append("warning: the peak is above the budget; give it more, or a smaller --prefill-chunk")
     if record.get("verified"):
-        lines.append("verified: every token equals the run with its KV cache in memory")
+        how = ", streamed in the same chunks" if pipeline["chunk_tokens"] else ""
+        lines.append(f"verified: every token equals the run with its KV cache in memory{how}")
     return lines

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from dualblade.cli.main import main
+from dualblade.handles import in_memory_cache
 from dualblade.layers import layer_shapes
 from dualblade.loading import dummy_model
 from dualblade.models import decoder_layers, empty_model, weight_bytes
-from dualblade.runner import Generation, Sampling, in_memory_cache, random_prompt
+from dualblade.runner import Generation, Sampling, random_prompt
 
 PROGRAM = [sys.executable, "-m", "dualblade.cli.main"]
 MIB = 1 << 20

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from dualblade.cli.main import main
 from dualblade.errors import ModelError
+from dualblade.handles import in_memory_cache
 from dualblade.loading import load_config, load_model, load_tokenizer, weight_folder
 from dualblade.models import activation_bytes, last_position_only
-from dualblade.runner import Generation, Sampling, encode, in_memory_cache, random_prompt
+from dualblade.runner import Generation, Sampling, encode, random_prompt
 from dualblade.zoo import TINY, ModelRef
 from spdk_glue import cached_bytes
 

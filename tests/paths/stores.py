@@ -82,13 +82,17 @@ class Alternating:
 
 
 def make_store(
-    shape: Shape, paths: Mapping[PathKind, StoragePath], placed: bool = False, device: CpuDevice | None = None
+    shape: Shape,
+    paths: Mapping[PathKind, StoragePath],
+    placed: bool = False,
+    device: CpuDevice | None = None,
+    kind: type[KVStore] = KVStore,
 ) -> KVStore:
     """placed: every tensor has its room from the start, on the paths in turn."""
     specs = shape.specs
     layouts = {spec.key: choose_layout(spec, shape.tail_bytes) for spec in specs}
     placer = Alternating(list(paths))
-    store = KVStore(
+    store = kind(
         specs,
         layouts,
         device or CpuDevice(shape.dtype),

@@ -20,12 +20,14 @@ FILES = sorted(
 MODEL_SIDE = (
     "attention.py",
     "checkpoint.py",
+    "handles.py",
     "hf.py",
     "layers.py",
     "loading.py",
     "models.py",
     "prefill.py",
     "runner.py",
+    "streaming.py",
     "bench/",
 )
 HEAVY = {"torch", "transformers"}
