@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class NotBuiltError(ImportError):
@@ -33,8 +33,8 @@ class Completion:
     sc: int = 0
     file: int = 0
     memory_at_risk: bool = False
-    begun_s: float = 0.0
-    ended_s: float = 0.0
+    begun_s: float = field(default=0.0, compare=False)
+    ended_s: float = field(default=0.0, compare=False)
 
 
 _REASONS = {

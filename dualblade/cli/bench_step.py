@@ -14,7 +14,7 @@ from dualblade.cli.output import console, emit, json_option, table
 from dualblade.errors import ConfigError
 from dualblade.settings import KV_PATHS
 
-_PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum": False}
+_PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum": False, "stream": "never"}
 
 
 @click.command(
