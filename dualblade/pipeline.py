@@ -61,7 +61,7 @@ def plan_stream(tokens: int, unit_tokens: int, unit_bytes: int, available: int) 
     for slots in STREAM_SLOTS:
         room = available if slots == STREAM_SLOTS[-1] else available // STAGING_PART
         units = min(room // slots, max(STREAM_CHUNK, unit_bytes)) // unit_bytes
-        if units:
+        if units > 0:
             return PipelinePlan(0, slots, min(units, -(-tokens // unit_tokens)) * unit_tokens)
     return None
 

@@ -12,6 +12,7 @@ import torch
 from allpairspy import AllPairs
 from families import CONFIGS
 from test_exact import Case, Way, check, name
+from test_streamed import assert_streamed_bits
 
 from dualblade.emulate import EmulatedTarget
 from dualblade.targets import open_target
@@ -62,3 +63,11 @@ def test_pairs(case: Case, transport: str, targets: dict[str, str], direct_dir: 
 @pytest.mark.parametrize(("case", "transport"), cases(product(*VALUES)), ids=label)
 def test_all(case: Case, transport: str, targets: dict[str, str], direct_dir: Path) -> None:
     check(case, direct_dir, targets[transport])
+
+
+@pytest.mark.parametrize("transport", ["vfio-user", "tcp"])
+def test_streamed(
+    transport: str, targets: dict[str, str], direct_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualblade.pipeline.STREAM_CHUNK", 1)
+    assert_streamed_bits("llama", torch.bfloat16, 4, 50, direct_dir, targets[transport])

@@ -158,6 +158,15 @@ def streamed(case: Case, made: Any, seen: Visible) -> torch.Tensor:
     return attend(query, pieces(case, keys, values), seen, **options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are too small to share out; threads that wait for each other take longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @given(case=CASES)
 @settings(max_examples=200, deadline=None)
 def test_any_pieces(case: Case) -> None:

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dualblade.errors import BudgetError, UsageError
 from dualblade.pipeline import STREAM_CHUNK, STREAM_SLOTS, plan_stream
 from dualblade.planner import BudgetRequest, RunPlan, make_plan, make_specs
 from dualblade.settings import CacheSettings
-from dualblade.units import GIB, KIB, MIB
+from dualblade.units import GIB, KIB, MIB, parse_size
 
 # Llama-3-8B's shape, 32K tokens, batch 4: a layer is 512 MiB, the shortest chunk of all of its K 128 KiB.
 SPECS = make_specs(num_layers=8, batch=4, heads=8, head_dim=128, itemsize=2, tokens=32768)
@@ -22,7 +24,10 @@ def plan(budget: int, stream: str) -> RunPlan:
     return make_plan(SPECS, BudgetRequest(budget, 0, 0, 0, page_cache=0, stream=stream), None)
 
 
-@given(budget=st.integers(MIB, 4 * GIB), stream=st.sampled_from(["auto", "never", "always"]))
+@given(
+    budget=st.integers(1, 4 * GIB) | st.integers(1, 8 * MIB),
+    stream=st.sampled_from(["auto", "never", "always"]),
+)
 def test_within_the_budget(budget: int, stream: str) -> None:
     try:
         made = plan(budget, stream)
@@ -48,7 +53,7 @@ def test_one_piece_is_the_default_where_it_fits() -> None:
 
 
 @given(
-    available=st.integers(0, GIB),
+    available=st.integers(-GIB, GIB),
     tokens=st.integers(1, 1 << 20),
     unit=st.integers(1, 64),
     kib=st.integers(4, 65536),
@@ -67,13 +72,23 @@ def test_slots_and_chunks(available: int, tokens: int, unit: int, kib: int) -> N
     assert (units - 1) * unit < tokens
 
 
-@given(available=st.integers(0, GIB))
+@given(available=st.integers(STREAM_SLOTS[-1] * MIB, GIB))
 def test_fewer_slots_only_where_more_do_not_fit(available: int) -> None:
     made = plan_stream(1 << 20, 16, MIB, available)
-    assume(made is not None)
     assert made is not None
     more = STREAM_SLOTS[: STREAM_SLOTS.index(made.slots)]
     assert all(slots * MIB > available // 3 for slots in more)
+
+
+@given(taken=st.integers(0, GIB), budget=st.integers(1, GIB), stream=st.sampled_from(["auto", "always"]))
+def test_the_hint_is_enough(taken: int, budget: int, stream: str) -> None:
+    """Whatever of the budget is taken before."""
+    with pytest.raises(BudgetError) as caught:
+        make_plan(SPECS, BudgetRequest(budget, taken + budget, 0, 0, page_cache=0, stream=stream), None)
+    found = re.search(r"--mem-budget (\w+)", caught.value.hint or "")
+    assert found
+    enough = parse_size(found[1], "budget")
+    make_plan(SPECS, BudgetRequest(enough, taken + budget, 0, 0, page_cache=0, stream=stream), None)
 
 
 def test_what_is_no_such_mode() -> None:
