@@ -48,7 +48,7 @@ def _iommu_fix(host: Host) -> str:
 
 def _on_command_line(pattern: str) -> str:
     change = as_root(["sed", "-i", pattern, "/etc/default/grub"])
-    return f"{change} && {as_root(['update-grub'])}, then reboot"
+    return f"{change} && {as_root(['update-grub'])}  # then reboot"
 
 
 def vfio(host: Host = HOST) -> Check:
@@ -61,7 +61,7 @@ def vfio(host: Host = HOST) -> Check:
         return Check(VFIO, OK, "not here, and no NVMe drive that would need it")
     if not _has_module(host, "vfio-pci"):
         package = as_root(["apt-get", "install", "linux-image-amd64"])
-        return Check(VFIO, WARN, f"this kernel has no module {VFIO}; {_INSTEAD}", f"{package}, then reboot")
+        return Check(VFIO, WARN, f"this kernel has no module {VFIO}; {_INSTEAD}", f"{package}  # then reboot")
     return Check(VFIO, WARN, "modprobe is not here to load it", as_root(["apt-get", "install", "kmod"]))
 
 
@@ -124,7 +124,7 @@ def _way(controller: Controller, no_iommu: bool) -> str:
     node = controller.namespaces[0].node
     if no_iommu:
         return f"as a TARGET of the kernel's: dualblade-spdk volume create {node}"
-    return f"could be bound: {host_command('bind', node, '--dry-run')} tells more"
+    return f"could be bound: {host_command('bind', node, '--dry-run')}"
 
 
 def _more(against: list[Refusal]) -> str:

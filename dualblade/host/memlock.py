@@ -24,8 +24,13 @@ def memlock_note(host: Host, owner: tuple[str, int] | None) -> list[str]:
     has = f"may lock {format_size(limit)} of memory" if limit is not None else "needs to lock memory"
     return [
         f"{owner[0]} {has}, and VFIO locks all that the drive reaches (8 MiB, the usual limit, are too few): "
-        f"echo '{owner[0]} - memlock unlimited' | {as_root(['tee', _FILE])}, and log in again"
+        f"{raise_limit(owner[0])}"
     ]
+
+
+def raise_limit(who: str) -> str:
+    """The command that lifts the limit: of a user, or "*", which is all but root."""
+    return f"echo '{who} - memlock unlimited' | {as_root(['tee', '-a', _FILE])}  # then log in again"
 
 
 def limit_of(host: Host, uid: int) -> int | None:

@@ -9,7 +9,7 @@ from dualblade.errors import BindError
 from dualblade.host import driver as drivers
 from dualblade.host import journal
 from dualblade.host.bind import KERNEL_DRIVER
-from dualblade.host.command import host_command
+from dualblade.host.command import as_root, host_command
 from dualblade.host.nvme import Controller, address_of, controller_at
 from dualblade.host.pci import PciDevice, pci_device
 from dualblade.host.processes import Holder, holders_of_vfio
@@ -80,9 +80,10 @@ def check_unheld(host: Host, binding: Binding) -> None:
 
 def held_error(bdf: str, held: list[Holder]) -> BindError:
     who = ", ".join(sorted({str(holder) for holder in held}))
-    pids = " ".join(sorted({str(holder.pid) for holder in held}))
+    pids = sorted({str(holder.pid) for holder in held})
     return BindError(
-        f"{bdf} is in use by {who}", f"wait until it ends, or end it (kill {pids}), and unbind again"
+        f"{bdf} is in use by {who}",
+        f"wait until it ends, or end it, and unbind again: {as_root(['kill', *pids])}",
     )
 
 

@@ -64,5 +64,5 @@ def _lines(record: dict[str, Any]) -> list[str]:
         return [f"{what} is not bound: it is with {record['driver']}, as {nodes}"]
     lines = [f"{what} is back with {record['driver']}, as {nodes}"]
     if not record["known"]:
-        lines.append(f"it was not bound by this program; {host_command('status')} shows what is")
+        lines.append(f"it was not bound by this program; what is: {host_command('status')}")
     return lines

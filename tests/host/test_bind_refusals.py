@@ -372,7 +372,9 @@ def test_what_came_up_while_the_user_was_typing(
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"], ["--driver", "uio_pci_generic"]])
-def test_no_remedy_for_a_drive_with_another_serial_number(machine: Machine, run: Any, words: list[str]) -> None:
+def test_no_remedy_for_a_drive_with_another_serial_number(
+    machine: Machine, run: Any, words: list[str]
+) -> None:
     """It may be the wrong drive, whose data the remedy would wipe."""
     filesystem(machine)
     before = machine.snapshot()
