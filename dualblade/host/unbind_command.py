@@ -54,7 +54,14 @@ def _record(binding: Binding, controller: Controller, done: bool) -> dict[str, A
         "driver": binding.old_driver,
         "known": binding.entry is not None,
         "nodes": [space.node for space in controller.namespaces],
+        "was": _had(binding),
     }
+
+
+def _had(binding: Binding) -> list[str]:
+    """The block devices that the drive was when it was bound."""
+    known = binding.entry.nodes if binding.entry else {}
+    return sorted(node for node, nsid in known.items() if nsid and node.startswith("/dev/nvme"))
 
 
 def _lines(record: dict[str, Any]) -> list[str]:
@@ -63,6 +70,8 @@ def _lines(record: dict[str, Any]) -> list[str]:
     if not record["changed"]:
         return [f"{what} is not bound: it is with {record['driver']}, as {nodes}"]
     lines = [f"{what} is back with {record['driver']}, as {nodes}"]
+    if moved := [node for node in record["was"] if node not in record["nodes"]]:
+        lines.append(f"note: it was {', '.join(moved)}, which may be the name of another drive now")
     if not record["known"]:
         lines.append(f"it was not bound by this program; what is: {host_command('status')}")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,17 @@ def test_unbind_by_every_name(machine: Machine, run: Any, name: str) -> None:
     record = json.loads(run("unbind", name, "--json")[1])
     assert record == {
         "ok": True, "changed": True, "bdf": BDF, "model": "Fast SSD 4000", "serial": SERIAL,
-        "driver": "nvme", "known": True, "nodes": [NODE],
+        "driver": "nvme", "known": True, "nodes": [NODE], "was": [NODE],
     }  # fmt: skip
+
+
+def test_another_name_than_before_is_told(machine: Machine, run: Any) -> None:
+    assert run(*BIND)[0] == 0
+    entry = journal.entry_of(BDF, machine)
+    assert entry is not None
+    assert "note" not in run("unbind", BDF)[1]
+    replace(entry, nodes={"/dev/nvme7": 0, "/dev/nvme7n1": 1, "/dev/ng7n1": 1}).save(machine)
+    assert "note: it was /dev/nvme7n1, which may be the name of another drive now" in run("unbind", BDF)[1]
 
 
 def test_unbind_of_what_is_not_bound(machine: Machine, run: Any) -> None:
