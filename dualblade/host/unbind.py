@@ -10,7 +10,7 @@ from dualblade.host import driver as drivers
 from dualblade.host import journal
 from dualblade.host.bind import KERNEL_DRIVER
 from dualblade.host.command import as_root, host_command
-from dualblade.host.nvme import Controller, address_of, controller_at
+from dualblade.host.nvme import Controller, address_of, controller_at, controllers
 from dualblade.host.pci import PciDevice, pci_device
 from dualblade.host.processes import Holder, holders_of_vfio
 from dualblade.host.sysfs import Host
@@ -41,7 +41,8 @@ class Binding:
 
 def find_binding(host: Host, device: str) -> Binding:
     """By PCI address, serial number, or a name that it had below /dev. Raises BindError."""
-    bdf = address_of(host, device)
+    by_serial = [one.bdf for one in controllers(host) if one.bdf and one.serial == device]
+    bdf = by_serial[0] if len(by_serial) == 1 else address_of(host, device)
     entry = journal.entry_of(bdf, host)
     found = pci_device(host, bdf)
     if found is None:

@@ -26,6 +26,7 @@ from one_drive import (
 from dualblade.cli.main import main as program
 from dualblade.host import __main__ as tool
 from dualblade.host import journal, status
+from dualblade.host.command import host_command
 from dualblade.host.journal import bound_address, bound_namespace
 from dualblade.units import MIB
 
@@ -40,8 +41,20 @@ def test_unbind_by_every_name(machine: Machine, run: Any, name: str) -> None:
     record = json.loads(run("unbind", name, "--json")[1])
     assert record == {
         "ok": True, "changed": True, "bdf": BDF, "model": "Fast SSD 4000", "serial": SERIAL,
-        "driver": "nvme", "known": True, "nodes": [NODE], "was": [NODE],
+        "driver": "nvme", "known": True, "nodes": [NODE], "was": [NODE], "others": [],
     }  # fmt: skip
+
+
+def test_a_name_that_another_drive_has_now(machine: Machine, run: Any) -> None:
+    assert run(*BIND)[0] == 0
+    machine.add(FakeDrive("0000:02:00.0", "OTHER", "13"))
+    assert f"{NODE}: another drive now)" in run("status")[1]
+    code, out, _ = run("unbind", NODE)
+    assert code == 0
+    assert "serial OTHER) is not bound" in out
+    assert f"the one bound under that name: {host_command('unbind', BDF)}" in out
+    for _ in range(2):  # the second time it is with the kernel
+        assert run("unbind", SERIAL)[0] == 0
 
 
 def test_another_name_than_before_is_told(machine: Machine, run: Any) -> None:
