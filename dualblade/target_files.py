@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import shlex
 import stat
 import struct
 import time
@@ -167,7 +168,10 @@ def _open_error(path: Path, error: OSError) -> TargetError:
         pid = _claimant(path)
         if pid:
             return _in_use(name, pid)
-        return TargetError(f"{name} is mounted or in use", "unmount it, or name another target")
+        return TargetError(
+            f"{name} is mounted or in use",
+            f"name another target, or end that; where: {shlex.join(['lsblk', str(path)])}",
+        )
     if error.errno == errno.ENOENT:
         return TargetError(f"{name}: there is no such file or folder")
     if error.errno == errno.EEXIST:

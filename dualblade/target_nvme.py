@@ -13,8 +13,12 @@ from dualblade.config import nvme_secrets
 from dualblade.errors import BudgetError, TargetError
 from dualblade.extents import LBA
 from dualblade.host.command import as_root, host_command
-from dualblade.host.journal import DEVICES, USERSPACE_DRIVERS, driver_of
+from dualblade.host.eligible import VFIO
+from dualblade.host.journal import DEVICES, USERSPACE_DRIVERS, driver_of, entry_of
 from dualblade.host.meminfo import machine_memory
+from dualblade.host.memlock import lock_limit, raise_limit
+from dualblade.host.pci import obstacles_in_group, pci_device
+from dualblade.host.status import user_name
 from dualblade.host.sysfs import Host
 from dualblade.metadata import Medium
 from dualblade.units import MIB, format_size, round_up
@@ -31,6 +35,7 @@ from spdk_glue import (
 
 EDGE = MIB
 METADATA_BYTES = 16 * MIB  # what reading and writing a volume's metadata takes of the environment
+RESERVE_STEP = 256 * MIB  # so that what a volume needs does for a small run, too
 ENVIRONMENT_BYTES = 64 * MIB  # queues, requests and the libraries' own
 TIMEOUT = 60.0
 
@@ -92,7 +97,21 @@ def check_pci(name: str, bdf: str, host: Host = Host()) -> None:  # noqa: B008
     if not bound:
         has = f"belongs to the kernel's driver {driver}" if driver else "has no driver"
         raise TargetError(f"{name} {has}, and SPDK needs it bound to vfio-pci", host_command("bind", bdf))
-    _check_permission(name, bdf, host)
+    _check_group(name, bdf, host)
+    _check_permission(name, bdf, str(driver), host)
+
+
+def _check_group(name: str, bdf: str, host: Host) -> None:
+    """VFIO hands out all devices of an IOMMU group or none."""
+    device = pci_device(host, bdf)
+    others = obstacles_in_group(host, device) if device and device.driver == VFIO else []
+    if others:
+        names = ", ".join(f"{other.bdf} (with {other.driver})" for other in others)
+        raise TargetError(
+            f"{name} shares IOMMU group {device.group if device else None} with {names}: of no use until the "
+            "whole group is bound",
+            host_command("bind", others[0].bdf) if others[0].is_nvme else host_command("unbind", bdf),
+        )
 
 
 def _bound_without_spdk(name: str, bdf: str, driver: str) -> TargetError:
@@ -110,13 +129,19 @@ def _needs_spdk(name: str) -> TargetError:
     )
 
 
-def _check_permission(name: str, bdf: str, host: Host) -> None:
+def _check_permission(name: str, bdf: str, driver: str, host: Host) -> None:
+    if driver != VFIO and os.geteuid() != 0:
+        raise TargetError(
+            f"{name} is bound to {driver}, and root alone can use a drive through it",
+            f"run it as root, or give the drive back to the kernel: {host_command('unbind', bdf)}",
+        )
     group = host.link_name(f"{DEVICES}/{bdf}/iommu_group")
     node = f"/dev/vfio/{group}"
     if group and host.exists(node) and not os.access(host.path(node), os.R_OK | os.W_OK):
-        raise TargetError(
-            f"{name}: this user may not open {node}", as_root(["chown", str(os.geteuid()), node])
-        )
+        user = user_name(os.geteuid())
+        known = entry_of(bdf, host) is not None
+        mend = host_command("bind", bdf, "--user", user) if known else as_root(["chown", user, node])
+        raise TargetError(f"{name}: this user may not open {node}", mend)
 
 
 def open_nvme(
@@ -172,6 +197,8 @@ def _start(memory: int, bdf: str | None) -> None:
         hugepages = machine.hugepage_bytes == 2 * MIB and usable >= wanted
         if bdf and not hugepages:
             raise _no_hugepages(bdf, wanted, machine.hugepages_total * machine.hugepage_bytes - usable)
+        if bdf:
+            _check_lock(bdf, wanted)
         start_environment(wanted if hugepages else max(2 * wanted, 512 * MIB), hugepages, bdf is not None)
         return
     if bdf and not running.pci:
@@ -190,8 +217,18 @@ def _no_hugepages(bdf: str, wanted: int, used: int) -> TargetError:
     used: bytes of hugepages that others have."""
     return TargetError(
         f"SPDK needs {format_size(wanted)} in free hugepages of 2 MiB to drive {bdf}",
-        host_command("hugepages", "--reserve", f"{round_up(used + wanted, MIB) // MIB}M"),
+        host_command("hugepages", "--reserve", f"{round_up(used + wanted, RESERVE_STEP) // MIB}M"),
     )
+
+
+def _check_lock(bdf: str, wanted: int) -> None:
+    limit = lock_limit()
+    if limit is not None and limit < wanted:
+        raise TargetError(
+            f"VFIO locks the {format_size(wanted)} of memory that {bdf} may reach, and this user may lock "
+            f"{format_size(limit)}",
+            raise_limit(user_name(os.geteuid())),
+        )
 
 
 def _hint(transport_id: str) -> str:
@@ -199,5 +236,5 @@ def _hint(transport_id: str) -> str:
     if "vfiouser" in kind:
         return "is the target running, and does no other process use it? `dualblade-spdk emulate` starts one"
     if "pcie" in kind:
-        return "has another process the drive? dualblade-spdk doctor looks at IOMMU, memlock and hugepages"
+        return f"dualblade-spdk doctor looks at the machine; who has the drive: {host_command('status')}"
     return "is the target listening there, and does it allow this host?"

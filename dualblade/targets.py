@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dualblade.errors import TargetError, UsageError
 from dualblade.extents import LBA
+from dualblade.host.command import host_command
 from dualblade.host.journal import bound_namespace
 from dualblade.host.sysfs import Host
 from dualblade.superblock import MIN_CAPACITY
@@ -34,7 +35,10 @@ from dualblade.units import parse_size
 from dualblade.volume import TIMEOUT, Volume
 from spdk_glue import GlueError, Queue, QueueOptions
 
-_PCI = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([0-1][0-9a-f])\.([0-7])(?:\s+ns:(\d+))?", re.IGNORECASE)
+_PCI = re.compile(
+    r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([0-1][0-9a-f])\.([0-7])(?:\s+ns:(\d+))?", re.IGNORECASE
+)
+_DRIVE = re.compile(r"nvme\d+n\d+|sd[a-z]+|ng\d+n\d+")
 _PASSTHROUGH = re.compile(r"/dev/ng\d+n\d+")
 _TRANSPORTS = {
     "PCIE": {"traddr"},
@@ -104,7 +108,7 @@ def parse_target(text: str) -> Target:
     if text.lower().startswith("trtype:"):
         return _parse_transport(text)
     if match := _PCI.fullmatch(text):
-        address = "trtype:PCIe traddr:" + f"{match[1]}:{match[2]}:{match[3]}.{match[4]}".lower()
+        address = "trtype:PCIe traddr:" + f"{match[1] or '0000'}:{match[2]}:{match[3]}.{match[4]}".lower()
         return Target(TargetKind.PCI, text, address=address, namespace=_namespace(match[5] or "1"))
     if _PASSTHROUGH.fullmatch(text):
         return Target(TargetKind.PASSTHROUGH, text, Path(text))
@@ -281,7 +285,11 @@ def _open_path(
     if os.path.lexists(path):
         return _on_fd(open_existing(path), target.text, options, path=path)
     if target.kind is TargetKind.BLOCK:
-        raise TargetError(f"there is no device {path}", "lsblk shows those there are")
+        raise TargetError(
+            f"there is no device {path}", f"those there are, also half bound: {host_command('status')}"
+        )
+    if _DRIVE.fullmatch(str(path)) and Path("/dev", path).exists():
+        raise UsageError(f"there is no file {path} here", f"the drive is /dev/{path}")
     if not create:
         raise TargetError(f"{path} does not exist", f"dualblade-spdk volume create {path} --capacity 8G")
     if capacity is None:

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         words = self.prog.split()[3:]
-        _complain(message, f"{host_command(*words, '--help', root=False)} shows the options")
+        _complain(message, f"the options: {host_command(*words, '--help', root=False)}")
         sys.exit(2)
 
 

@@ -69,7 +69,10 @@ def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
         wish = _wish(args, host)
         if entry := _already(host, args):
             return _bound_already(args, host, entry, wish)
-        return _bind(args, host, find_drive(host, args.device), wish)
+        drive = find_drive(host, args.device)
+        if args.serial is not None:  # before any remedy is told, which may be to wipe it
+            _check_serial(drive, args.serial)
+        return _bind(args, host, drive, wish)
 
 
 def _bind(args: argparse.Namespace, host: Host, drive: Drive, wish: Wish) -> int:
@@ -143,11 +146,15 @@ def _confirm(args: argparse.Namespace, drive: Drive, record: dict[str, Any]) -> 
             f"nobody is here to confirm that {drive.bdf} is meant, whose serial number is {drive.serial}",
             host_command(*again),
         )
+    _check_serial(drive, given)
+
+
+def _check_serial(drive: Drive, given: str) -> None:
     if given != drive.serial:
         raise BindError(
             f"{drive.bdf} has the serial number {drive.serial}, not {given or 'an empty one'}: "
             "nothing was changed",
-            f"is it the right drive? {host_command('status')} shows all",
+            f"is it the right drive? all of them: {host_command('status')}",
         )
 
 

@@ -20,6 +20,7 @@ from dualblade.host.cgroup import memory_cgroups, tightest
 from dualblade.host.command import as_root, host_command
 from dualblade.host.hugepages import PAGE, Pool, pools
 from dualblade.host.journal import USERSPACE_DRIVERS
+from dualblade.host.memlock import raise_limit
 from dualblade.host.pci import nvme_devices
 from dualblade.host.sysfs import Host
 from dualblade.units import GIB, format_size
@@ -28,7 +29,6 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 HOST = Host()
 MEMLOCK_WANTED = 1 * GIB
 _INSTEAD = "posix threads move the bytes instead, slower on a fast drive"
-_LIMITS = "/etc/security/limits.d/90-dualblade.conf"
 _LIBRARIES = {  # Debian's packages
     "liburing": "liburing2",
     "libnuma": "libnuma1",
@@ -62,7 +62,9 @@ def python_version(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
     text = ".".join(map(str, version))
     if version >= (3, 11):
         return Check("python", OK, text)
-    return Check("python", FAIL, f"{text} is too old", "apt-get install python3.11 python3.11-venv")
+    return Check(
+        "python", FAIL, f"{text} is too old", as_root(["apt-get", "install", "python3.11", "python3.11-venv"])
+    )
 
 
 def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check:
@@ -75,7 +77,7 @@ def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check
             "engine",
             WARN,
             f"built without liburing (it has: {' '.join(engines)}); {_INSTEAD}",
-            f"apt-get install liburing-dev pkg-config && {rebuild}",
+            f"{as_root(['apt-get', 'install', 'liburing-dev', 'pkg-config'])} && {rebuild}",
         )
     return Check("engine", OK, f"built, with {' '.join(engines)}")
 
@@ -83,7 +85,7 @@ def c_engine(engines: Sequence[str], problem: str | None, rebuild: str) -> Check
 def _install_library(problem: str) -> str | None:
     """The command that brings the library which the loader names: those that the engine is linked with."""
     packages = [package for name, package in _LIBRARIES.items() if f"{name}.so" in problem]
-    return f"apt-get install {packages[0]}" if packages else None
+    return as_root(["apt-get", "install", packages[0]]) if packages else None
 
 
 def io_uring(problem: OSError | None, reason: str | None = None, host: Host = HOST) -> Check:
@@ -101,7 +103,7 @@ def _uring_fix(error: int | None, host: Host) -> str:
     if error == errno.ENOMEM:
         return "ulimit -l unlimited"
     if _read(host, "/proc/sys/kernel/io_uring_disabled") in ("1", "2"):
-        return "sysctl -w kernel.io_uring_disabled=0"
+        return as_root(["sysctl", "-w", "kernel.io_uring_disabled=0"])
     if re.search(r"^Seccomp:\s*2$", _read(host, "/proc/self/status"), re.MULTILINE):
         return "docker run --security-opt seccomp=unconfined, or a profile that allows io_uring_*"
     return "run on Linux 5.19 or later, with io_uring allowed"
@@ -121,7 +123,7 @@ def memlock(limit: int | None = None, privileged: bool | None = None) -> Check:
         WARN,
         f"{format_size(soft)}: staging memory beyond it is not registered, which costs CPU time, and VFIO "
         "refuses it to a bound drive",
-        f"echo '* - memlock unlimited' | {as_root(['tee', _LIMITS])}, then log in again",
+        raise_limit("*"),
     )
 
 
@@ -238,7 +240,7 @@ def hugepages(host: Host = HOST) -> Check:
         return Check("hugepages", OK, f"{format_size(total)} reserved, {free} free{_by_node(found)}")
     bound = [device.bdf for device in nvme_devices(host) if device.driver in USERSPACE_DRIVERS]
     if not bound:
-        return Check("hugepages", OK, "none reserved: staging takes transparent hugepages instead")
+        return Check("hugepages", OK, "none reserved, and no drive is bound that would need them")
     return Check(
         "hugepages", WARN, f"none reserved, and SPDK drives {bound[0]} best from them",
         host_command("hugepages", "--reserve", "1G"),
@@ -256,7 +258,9 @@ def swap(host: Host = HOST) -> Check:
     devices = [line.split()[0] for line in _read(host, "/proc/swaps").splitlines()[1:] if line.split()]
     if not devices:
         return Check("swap", OK, "off")
-    return Check("swap", WARN, f"on ({', '.join(devices)}): weights may be swapped out", "swapoff -a")
+    return Check(
+        "swap", WARN, f"on ({', '.join(devices)}): weights may be swapped out", as_root(["swapoff", "-a"])
+    )
 
 
 def _read(host: Host, path: str) -> str:

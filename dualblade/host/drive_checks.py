@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 from dualblade.host import journal
 from dualblade.host.checks import HOST, OK, WARN, Check
 from dualblade.host.command import as_root, host_command
@@ -15,6 +17,7 @@ from dualblade.host.sysfs import Host
 from dualblade.units import format_size
 
 _GROUPS = "/sys/kernel/iommu_groups"
+_GRUB = "/etc/default/grub"
 _TABLES = "/sys/firmware/acpi/tables"
 _INSTEAD = "without it the kernel drives it (io_uring), which needs none of this"
 _FIRMWARE = (
@@ -39,16 +42,17 @@ def _iommu_fix(host: Host) -> str:
     words = host.attribute("/proc/cmdline").split()
     against = [word for word in words if word in ("iommu=off", "intel_iommu=off", "amd_iommu=off")]
     if against:
-        pattern = f"s/ *{against[0]}//"
-        return _on_command_line(pattern)
+        return _on_command_line(host, f"s/ *{against[0]}//", f"take {against[0]} from")
     if host.exists(f"{_TABLES}/DMAR") and "intel_iommu=on" not in words:
-        return _on_command_line('s/^GRUB_CMDLINE_LINUX="/&intel_iommu=on /')
+        return _on_command_line(host, 's/^GRUB_CMDLINE_LINUX="/&intel_iommu=on /', "add intel_iommu=on to")
     return _FIRMWARE
 
 
-def _on_command_line(pattern: str) -> str:
-    change = as_root(["sed", "-i", pattern, "/etc/default/grub"])
-    return f"{change} && {as_root(['update-grub'])}, then reboot"
+def _on_command_line(host: Host, pattern: str, otherwise: str) -> str:
+    if not host.exists(_GRUB) or not host.program("update-grub"):
+        return f"{otherwise} the kernel's command line, in the settings of its boot loader, and reboot"
+    change = as_root(["sed", "-i", pattern, _GRUB])
+    return f"{change} && {as_root(['update-grub'])}  # then reboot"
 
 
 def vfio(host: Host = HOST) -> Check:
@@ -61,7 +65,7 @@ def vfio(host: Host = HOST) -> Check:
         return Check(VFIO, OK, "not here, and no NVMe drive that would need it")
     if not _has_module(host, "vfio-pci"):
         package = as_root(["apt-get", "install", "linux-image-amd64"])
-        return Check(VFIO, WARN, f"this kernel has no module {VFIO}; {_INSTEAD}", f"{package}, then reboot")
+        return Check(VFIO, WARN, f"this kernel has no module {VFIO}; {_INSTEAD}", f"{package}  # then reboot")
     return Check(VFIO, WARN, "modprobe is not here to load it", as_root(["apt-get", "install", "kmod"]))
 
 
@@ -110,7 +114,8 @@ def _with_the_kernel(host: Host, device: PciDevice, controller: Controller) -> C
     name = _describe(controller)
     in_the_way = [refusal for refusal in against if refusal.kind != "no-iommu"]  # a check of its own
     if not in_the_way:
-        return Check("nvme", OK, f"{name}: nobody uses it; {_way(controller, bool(against))}")
+        idle = "nobody uses it" if os.geteuid() == 0 else "nobody is seen to use it (root sees more)"
+        return Check("nvme", OK, f"{name}: {idle}; {_way(controller, bool(against))}")
     return Check("nvme", OK, f"{name}: the kernel's, because {in_the_way[0].reason}{_more(in_the_way)}")
 
 
@@ -124,7 +129,7 @@ def _way(controller: Controller, no_iommu: bool) -> str:
     node = controller.namespaces[0].node
     if no_iommu:
         return f"as a TARGET of the kernel's: dualblade-spdk volume create {node}"
-    return f"could be bound: {host_command('bind', node, '--dry-run')} tells more"
+    return f"could be bound: {host_command('bind', node, '--dry-run')}"
 
 
 def _more(against: list[Refusal]) -> str:

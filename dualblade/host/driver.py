@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from dualblade.errors import BindError
-from dualblade.host.command import host_command
+from dualblade.host.command import as_root, host_command
 from dualblade.host.journal import DEVICES, driver_of
 from dualblade.host.pci import pci_device
 from dualblade.host.sysfs import Host
@@ -77,7 +77,8 @@ def load_module(host: Host, driver: str) -> None:
     modprobe = host.program("modprobe")
     if modprobe is None:
         raise BindError(
-            f"the module {driver} is not loaded, and modprobe is not here", "apt-get install kmod"
+            f"the module {driver} is not loaded, and modprobe is not here",
+            as_root(["apt-get", "install", "kmod"]),
         )
     done = host.run([modprobe, driver])
     if done.returncode or not host.exists(f"/sys/bus/pci/drivers/{driver}"):

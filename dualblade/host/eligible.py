@@ -129,8 +129,8 @@ def _iommu(host: Host, device: PciDevice, then: frozenset[str], words: Sequence[
 def _no_iommu(words: Sequence[str]) -> str:
     uio = host_command(*words, "--driver", UIO)
     return (
-        "switch it on in the firmware (VT-d, AMD-Vi), boot with intel_iommu=on on Intel, and bind again; or, "
-        f"where all that runs as root may be trusted: {uio}"
+        "switch it on (the iommu line of dualblade-spdk doctor says how) and bind again; or, where all that "
+        f"runs as root may be trusted: {uio}"
     )
 
 

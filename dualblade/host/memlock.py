@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 
 from dualblade.host.command import as_root
 from dualblade.host.sysfs import Host
 from dualblade.units import GIB, format_size
 
 WANTED = 1 * GIB
+_IPC_LOCK = 1 << 14  # the capability
 _FILE = "/etc/security/limits.d/90-dualblade.conf"
 
 
@@ -24,8 +26,21 @@ def memlock_note(host: Host, owner: tuple[str, int] | None) -> list[str]:
     has = f"may lock {format_size(limit)} of memory" if limit is not None else "needs to lock memory"
     return [
         f"{owner[0]} {has}, and VFIO locks all that the drive reaches (8 MiB, the usual limit, are too few): "
-        f"echo '{owner[0]} - memlock unlimited' | {as_root(['tee', _FILE])}, and log in again"
+        f"{raise_limit(owner[0])}"
     ]
+
+
+def raise_limit(who: str) -> str:
+    """The command that lifts the limit: of a user, or "*", which is all but root."""
+    return f"echo '{who} - memlock unlimited' | {as_root(['tee', '-a', _FILE])}  # then log in again"
+
+
+def lock_limit() -> int | None:
+    """Bytes that this process may lock; None where nothing bounds it."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    may = re.search(r"^CapEff:\s*([0-9a-f]+)", Host().attribute("/proc/self/status"), re.M)
+    free = bool(may and int(may[1], 16) & _IPC_LOCK)
+    return None if free or soft == resource.RLIM_INFINITY else soft
 
 
 def limit_of(host: Host, uid: int) -> int | None:

@@ -106,6 +106,8 @@ def address_of(host: Host, device: str) -> str:
     if entry := entry_named(host, device):
         return entry.bdf
     if not host.exists(device):
+        if host.exists(f"/dev/{device}"):
+            raise BindError(f"there is no device {device} here", f"name the drive: /dev/{device}")
         raise BindError(f"there is no device {device}", f"those there are: {host_command('status')}")
     name = host.resolve(device).rpartition("/")[2]
     match = _NODE.fullmatch(name)

@@ -16,7 +16,8 @@ from dualblade.host.command import host_command
 
 
 def emit(record: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
-    print(json.dumps(record, indent=2) if as_json else "\n".join(lines(record)))
+    text = json.dumps(record, indent=2) if as_json else "\n".join(lines(record))
+    print(text, flush=True)  # before what is said on stderr next
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def cuda(host: Host = HOST) -> Check:
         return Check("cuda", OK, "no NVIDIA GPU: models run on the CPU")
     return Check(
         "cuda", WARN, "there is an NVIDIA GPU, and its driver is not loaded: models run on the CPU",
-        as_root(["apt-get", "install", "nvidia-driver"]) + ", then reboot",
+        as_root(["apt-get", "install", "nvidia-driver"]) + "  # then reboot",
     )  # fmt: skip
 
 

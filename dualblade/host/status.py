@@ -79,6 +79,7 @@ def _drive(host: Host, device: PciDevice) -> dict[str, Any]:
         "numa_node": device.numa_node,
         "namespaces": _namespaces(host, controller),
         "was": sorted(entry.nodes) if entry and bound else [],
+        "renamed": [node for node in sorted(entry.nodes) if host.exists(node)] if entry and bound else [],
         "bound_by": entry.by if entry and bound else None,
         "since": entry.since if entry and bound else None,
         "usable_by": _users(host, device) if bound else [],

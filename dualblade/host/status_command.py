@@ -63,6 +63,8 @@ def _drive_lines(drive: dict[str, Any]) -> list[str]:
 def _bound_lines(drive: dict[str, Any]) -> list[str]:
     names = [node for node in drive["was"] if not node.startswith("/dev/disk/")]
     was = f", was {' '.join(names)}" if names else ""
+    if renamed := [node for node in drive["renamed"] if node in names]:
+        was += f" ({' '.join(renamed)}: another drive now)"
     by = (
         f"bound by {drive['bound_by']}, {drive['since']}"
         if drive["bound_by"]

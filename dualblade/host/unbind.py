@@ -9,8 +9,8 @@ from dualblade.errors import BindError
 from dualblade.host import driver as drivers
 from dualblade.host import journal
 from dualblade.host.bind import KERNEL_DRIVER
-from dualblade.host.command import host_command
-from dualblade.host.nvme import Controller, address_of, controller_at
+from dualblade.host.command import as_root, host_command
+from dualblade.host.nvme import Controller, address_of, controller_at, controllers
 from dualblade.host.pci import PciDevice, pci_device
 from dualblade.host.processes import Holder, holders_of_vfio
 from dualblade.host.sysfs import Host
@@ -41,7 +41,8 @@ class Binding:
 
 def find_binding(host: Host, device: str) -> Binding:
     """By PCI address, serial number, or a name that it had below /dev. Raises BindError."""
-    bdf = address_of(host, device)
+    by_serial = [one.bdf for one in controllers(host) if one.bdf and one.serial == device]
+    bdf = by_serial[0] if len(by_serial) == 1 else address_of(host, device)
     entry = journal.entry_of(bdf, host)
     found = pci_device(host, bdf)
     if found is None:
@@ -80,9 +81,10 @@ def check_unheld(host: Host, binding: Binding) -> None:
 
 def held_error(bdf: str, held: list[Holder]) -> BindError:
     who = ", ".join(sorted({str(holder) for holder in held}))
-    pids = " ".join(sorted({str(holder.pid) for holder in held}))
+    pids = sorted({str(holder.pid) for holder in held})
     return BindError(
-        f"{bdf} is in use by {who}", f"wait until it ends, or end it (kill {pids}), and unbind again"
+        f"{bdf} is in use by {who}",
+        f"wait until it ends, or end it, and unbind again: {as_root(['kill', *pids])}",
     )
 
 

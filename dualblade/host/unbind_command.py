@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 from dualblade.host.command import host_command
+from dualblade.host.journal import entries
 from dualblade.host.nvme import Controller, controller_at
 from dualblade.host.report import check_root, emit, errors_told
 from dualblade.host.sysfs import Host
@@ -40,8 +41,15 @@ def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
         done = binding.entry is not None or not binding.at_home
         if done or controller is None:
             controller = unbind(host, binding)
-        emit(_record(binding, controller, done), args.as_json, _lines)
+        record = _record(binding, controller, done)
+        record["others"] = _others_of_that_name(host, args.device, binding.bdf)
+        emit(record, args.as_json, _lines)
     return 0
+
+
+def _others_of_that_name(host: Host, device: str, bdf: str) -> list[str]:
+    """Drives that had the name when they were bound, which the kernel has given to another since."""
+    return [entry.bdf for entry in entries(host) if device in entry.nodes and entry.bdf != bdf]
 
 
 def _record(binding: Binding, controller: Controller, done: bool) -> dict[str, Any]:
@@ -54,15 +62,25 @@ def _record(binding: Binding, controller: Controller, done: bool) -> dict[str, A
         "driver": binding.old_driver,
         "known": binding.entry is not None,
         "nodes": [space.node for space in controller.namespaces],
+        "was": _had(binding),
     }
+
+
+def _had(binding: Binding) -> list[str]:
+    """The block devices that the drive was when it was bound."""
+    known = binding.entry.nodes if binding.entry else {}
+    return sorted(node for node, nsid in known.items() if nsid and node.startswith("/dev/nvme"))
 
 
 def _lines(record: dict[str, Any]) -> list[str]:
     nodes = ", ".join(record["nodes"]) or "no namespace"
     what = f"{record['bdf']} ({record['model']}, serial {record['serial']})"
+    other = [f"the one bound under that name: {host_command('unbind', bdf)}" for bdf in record["others"]]
     if not record["changed"]:
-        return [f"{what} is not bound: it is with {record['driver']}, as {nodes}"]
+        return [f"{what} is not bound: it is with {record['driver']}, as {nodes}", *other]
     lines = [f"{what} is back with {record['driver']}, as {nodes}"]
+    if moved := [node for node in record["was"] if node not in record["nodes"]]:
+        lines.append(f"note: it was {', '.join(moved)}, which may be the name of another drive now")
     if not record["known"]:
-        lines.append(f"it was not bound by this program; {host_command('status')} shows what is")
+        lines.append(f"it was not bound by this program; what is: {host_command('status')}")
     return lines

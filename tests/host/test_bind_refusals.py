@@ -369,3 +369,17 @@ def test_what_came_up_while_the_user_was_typing(
     assert "is mounted on" in err
     assert driver_of(machine) == "nvme"
     assert not machine.exists(ENTRY)
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"], ["--driver", "uio_pci_generic"]])
+def test_no_remedy_for_a_drive_with_another_serial_number(
+    machine: Machine, run: Any, words: list[str]
+) -> None:
+    """It may be the wrong drive, whose data the remedy would wipe."""
+    filesystem(machine)
+    before = machine.snapshot()
+    code, out, err = run("bind", NODE, "--serial", "OTHER", *words)
+    assert (code, out) == (1, "")
+    assert f"{BDF} has the serial number {SERIAL}, not OTHER: nothing was changed" in err
+    assert "wipefs" not in err
+    assert machine.snapshot() == before

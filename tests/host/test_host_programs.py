@@ -42,7 +42,7 @@ def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2
     error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
-    command = hint.removeprefix("hint: ").removesuffix(" shows the options")
+    command = hint.removeprefix("hint: the options: ")
     assert "Example:" in subprocess.run(command, shell=True, cwd="/", capture_output=True, text=True).stdout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from one_drive import (
 from dualblade.cli.main import main as program
 from dualblade.host import __main__ as tool
 from dualblade.host import journal, status
+from dualblade.host.command import host_command
 from dualblade.host.journal import bound_address, bound_namespace
 from dualblade.units import MIB
 
@@ -39,8 +41,29 @@ def test_unbind_by_every_name(machine: Machine, run: Any, name: str) -> None:
     record = json.loads(run("unbind", name, "--json")[1])
     assert record == {
         "ok": True, "changed": True, "bdf": BDF, "model": "Fast SSD 4000", "serial": SERIAL,
-        "driver": "nvme", "known": True, "nodes": [NODE],
+        "driver": "nvme", "known": True, "nodes": [NODE], "was": [NODE], "others": [],
     }  # fmt: skip
+
+
+def test_a_name_that_another_drive_has_now(machine: Machine, run: Any) -> None:
+    assert run(*BIND)[0] == 0
+    machine.add(FakeDrive("0000:02:00.0", "OTHER", "13"))
+    assert f"{NODE}: another drive now)" in run("status")[1]
+    code, out, _ = run("unbind", NODE)
+    assert code == 0
+    assert "serial OTHER) is not bound" in out
+    assert f"the one bound under that name: {host_command('unbind', BDF)}" in out
+    for _ in range(2):  # the second time it is with the kernel
+        assert run("unbind", SERIAL)[0] == 0
+
+
+def test_another_name_than_before_is_told(machine: Machine, run: Any) -> None:
+    assert run(*BIND)[0] == 0
+    entry = journal.entry_of(BDF, machine)
+    assert entry is not None
+    assert "note" not in run("unbind", BDF)[1]
+    replace(entry, nodes={"/dev/nvme7": 0, "/dev/nvme7n1": 1, "/dev/ng7n1": 1}).save(machine)
+    assert "note: it was /dev/nvme7n1, which may be the name of another drive now" in run("unbind", BDF)[1]
 
 
 def test_unbind_of_what_is_not_bound(machine: Machine, run: Any) -> None:

@@ -13,8 +13,9 @@ from dualblade import target_nvme, targets
 from dualblade.cli.main import main
 from dualblade.errors import TargetError
 from dualblade.host.command import host_command
-from dualblade.host.journal import BOUND, DEVICES, Entry
+from dualblade.host.journal import BOUND, DEVICES, FOLDER, Entry
 from dualblade.host.meminfo import MachineMemory
+from dualblade.host.status import user_name
 from dualblade.host.sysfs import Host
 from dualblade.ownership import scan_edges
 from dualblade.target_nvme import check_pci
@@ -22,6 +23,7 @@ from dualblade.targets import TargetKind, find_target
 from dualblade.units import GIB, MIB
 
 BDF = "0000:01:00.0"
+OTHER = "0000:01:00.1"
 NODE = "/dev/nvme1n1"
 ENTRY = Entry(
     bdf=BDF, serial="S3X", model="Drive", old_driver="nvme", driver="vfio-pci", owner=None, state=BOUND,
@@ -134,7 +136,37 @@ def test_a_group_that_this_user_may_not_open(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     error = refused(host)
     assert error.message.endswith("this user may not open /dev/vfio/7")
-    assert str(error.hint).endswith("chown 1000 /dev/vfio/7")
+    assert error.hint == host_command("bind", BDF, "--user", user_name(1000))
+    host.remove(f"{FOLDER}/{BDF}.json")  # somebody else bound it
+    assert str(refused(host).hint).endswith(f"chown {user_name(1000)} /dev/vfio/7")
+
+
+def test_root_alone_can_use_uio(host: Host, with_spdk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive(host, "uio_pci_generic")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    check_pci(NODE, BDF, host)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    error = refused(host)
+    assert "bound to uio_pci_generic, and root alone can use a drive through it" in error.message
+    assert str(error.hint).endswith(host_command("unbind", BDF))
+
+
+@pytest.mark.parametrize(
+    ("pci_class", "command"), [("0x010802", ["bind", OTHER]), ("0x020000", ["unbind", BDF])]
+)
+def test_a_group_of_which_the_kernel_has_a_part(
+    host: Host, with_spdk: None, pci_class: str, command: list[str]
+) -> None:
+    other = host.path(f"{DEVICES}/{OTHER}")
+    other.mkdir()
+    (other / "class").write_text(f"{pci_class}\n")
+    (other / "driver").symlink_to("../../../bus/pci/drivers/theirs")
+    (other / "iommu_group").symlink_to("../../../kernel/iommu_groups/7")
+    for bdf in (BDF, OTHER):
+        host.path(f"/sys/kernel/iommu_groups/7/devices/{bdf}").mkdir(parents=True)
+    error = refused(host)
+    assert f"shares IOMMU group 7 with {OTHER} (with theirs)" in error.message
+    assert error.hint == host_command(*command)
 
 
 @pytest.fixture
@@ -152,9 +184,21 @@ def test_a_drive_on_pci_wants_hugepages(started: list[object]) -> None:
     """tests/qemu shows what becomes of ordinary memory."""
     with pytest.raises(TargetError, match=r"SPDK needs 208 MiB in free hugepages") as caught:
         target_nvme._start(128 * MIB, BDF)
-    in_use = 60 * 2
-    assert caught.value.hint == host_command("hugepages", "--reserve", f"{in_use + 208}M")
+    assert caught.value.hint == host_command("hugepages", "--reserve", "512M")  # 120 are in use
     assert started == []
+
+
+def test_memory_that_may_not_be_locked(started: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_nvme, "ENVIRONMENT_BYTES", 0)
+    monkeypatch.setattr(target_nvme, "lock_limit", lambda: 8 * MIB)
+    with pytest.raises(TargetError, match=r"VFIO locks the 48 MiB .* this user may lock 8 MiB") as caught:
+        target_nvme._start(32 * MIB, BDF)
+    assert "memlock unlimited" in str(caught.value.hint)
+    assert started == []
+    target_nvme._start(32 * MIB, None)
+    monkeypatch.setattr(target_nvme, "lock_limit", lambda: None)
+    target_nvme._start(32 * MIB, BDF)
+    assert started == [True, True]
 
 
 def test_a_target_elsewhere_takes_ordinary_memory(started: list[object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -73,14 +74,36 @@ def test_an_iommu_that_is_off(machine: Machine, cmdline: str, table: str, fix: s
     machine.add(ALONE)
     machine.put("/proc/cmdline", f"BOOT_IMAGE=/vmlinuz {cmdline}\n")
     machine.put(f"/sys/firmware/acpi/tables/{table}", "")
+    machine.put("/etc/default/grub", "")
     found = drive_checks.iommu(machine)
     assert found.state == WARN
     assert fix in str(found.fix)
 
 
+@pytest.mark.parametrize(
+    ("cmdline", "says"), [("ro", "add intel_iommu=on to"), ("iommu=off", "take iommu=off")]
+)
+def test_a_boot_loader_of_another_kind(machine: Machine, cmdline: str, says: str) -> None:
+    machine.add(ALONE)
+    machine.put("/proc/cmdline", f"{cmdline}\n")
+    machine.put("/sys/firmware/acpi/tables/DMAR", "")
+    fix = str(drive_checks.iommu(machine).fix)
+    assert fix.startswith(says)
+    assert "grub" not in fix
+
+
+def test_who_is_not_root_does_not_see_every_use(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.add(SPARE)
+    for user, says in ((0, "nobody uses it;"), (1000, "nobody is seen to use it")):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        (found,) = drive_checks.drives(machine)
+        assert says in found.detail
+
+
 def test_the_command_line_is_really_changed(machine: Machine, tmp_path: Path) -> None:
     machine.add(ALONE)
     machine.put("/sys/firmware/acpi/tables/DMAR", "")
+    machine.put("/etc/default/grub", "")
     grub = tmp_path / "grub"
     for before, cmdline, after in (
         ('GRUB_CMDLINE_LINUX="quiet"\n', "quiet", 'GRUB_CMDLINE_LINUX="intel_iommu=on quiet"\n'),
@@ -88,7 +111,9 @@ def test_the_command_line_is_really_changed(machine: Machine, tmp_path: Path) ->
     ):
         machine.put("/proc/cmdline", cmdline)
         grub.write_text(before)
-        words = shlex.split(str(drive_checks.iommu(machine).fix).partition(" && ")[0])
+        fix = str(drive_checks.iommu(machine).fix)
+        assert shlex.split(fix, comments=True)[-1] == "update-grub"  # the line can be pasted whole
+        words = shlex.split(fix.partition(" && ")[0])
         words = words[words.index("sed") :]
         subprocess.run([*words[:-1], grub], check=True)
         assert grub.read_text() == after

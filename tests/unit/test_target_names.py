@@ -38,8 +38,9 @@ def test_parts_of_a_target() -> None:
     assert (tcp.namespace, tcp.address.split()[2]) == (3, "traddr:fe80::1")
     assert "subnqn:nqn.2016-06.io.spdk:cnode1" in tcp.address
     assert "ns:" not in tcp.address
-    pci = parse_target("0000:AF:00.1 ns:2")
-    assert (pci.address, pci.namespace) == ("trtype:PCIe traddr:0000:af:00.1", 2)
+    for text in ("0000:AF:00.1 ns:2", "af:00.1 ns:2"):  # as `bind` takes it, and lspci shows it
+        pci = parse_target(text)
+        assert (pci.address, pci.namespace) == ("trtype:PCIe traddr:0000:af:00.1", 2)
     assert parse_target("mem:5.5K").capacity == LBA
 
 
