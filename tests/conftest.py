@@ -8,6 +8,7 @@ The run ends with one line a need.
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -55,8 +56,16 @@ def pytest_configure(config: pytest.Config) -> None:
     required = frozenset(filter(None, os.environ.get("REQUIRE", "").replace(",", " ").split()))
     if unknown := sorted(required - set(needs.NAMES)):
         raise pytest.UsageError(f"REQUIRE names unknown needs: {unknown}; known: {', '.join(needs.NAMES)}")
+    _as_in_the_foreground()
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     config.stash[_KEY] = Needs(required, whole)
+
+
+def _as_in_the_foreground() -> None:
+    """A shell ignores SIGINT for what it runs in the background, nohup SIGHUP; children would, too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def needs_of(item: pytest.Item) -> list[str]:

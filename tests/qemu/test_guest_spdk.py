@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from drives import MIB, Drive, call, dualblade, host, in_child, record
 
+from dualblade.host import bind as binding
+from dualblade.host import unbind as unbinding
+from dualblade.host.sysfs import Host
+
 pytestmark = [pytest.mark.needs("qemu", "spdk"), pytest.mark.machine("iommu")]
 HUGEPAGES = "256M"
 RUN = [
@@ -79,15 +83,18 @@ def test_the_kernel_reads_what_spdk_wrote_and_spdk_what_the_kernel_wrote(
     assert blank.bytes_of(offset, len(second)) == second
 
 
-def test_cycles_with_transfers_in_between(blank: Drive, hugepages: None) -> None:
+# fifty in one boot; a part at a time, since a guest that says nothing for long is taken for dead
+@pytest.mark.parametrize("part", [1, *(pytest.param(part, marks=pytest.mark.slow) for part in (2, 3, 4, 5))])
+def test_ten_cycles_with_transfers_in_between(blank: Drive, hugepages: None, part: int) -> None:
     offset, last = 16 * MIB, os.urandom(MIB)
     blank.write(offset, last)
-    free = free_hugepages()
-    for _ in range(4):
+    free, machine = free_hugepages(), Host()
+    for _ in range(10):
         now = os.urandom(MIB)
-        take(blank)
+        binding.bind(machine, binding.find_drive(machine, blank.address), binding.Wish())
         assert in_child(lambda: through_spdk(blank, offset, now, last, True)) == 0  # noqa: B023
-        give_back(blank)
+        unbinding.unbind(machine, unbinding.find_binding(machine, blank.address))
+        blank.wait()
         assert blank.bytes_of(offset, MIB) == now
         last = now
     assert free_hugepages() == free

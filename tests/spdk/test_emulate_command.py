@@ -66,14 +66,6 @@ def wait_for_target(traces: Traces) -> int:
     return found[0]
 
 
-@pytest.fixture(autouse=True)
-def default_signals() -> Iterator[None]:
-    """A test run under nohup has SIGHUP ignored, and its children, which honour that, would too."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 # what it prints -----------------------------------------------------------------------------
 
 
