@@ -85,7 +85,8 @@ def load_module(host: Host, driver: str) -> None:
         said = " ".join(done.stderr.split()) or "no such driver showed up"
         raise BindError(
             f"the module {driver} cannot be loaded: {said}",
-            "it comes with the distribution's full kernel package, e.g. linux-image-amd64",
+            "the distribution's full kernel package has it, on Debian: "
+            f"{as_root(['apt-get', 'install', 'linux-image-amd64'])}  # then reboot",
         )
 
 
