@@ -14,6 +14,7 @@ from dualblade.device import CpuDevice
 from dualblade.layout import choose_layout
 from dualblade.paths.base import StoragePath
 from dualblade.planner import make_specs
+from dualblade.scheduler import Scheduler
 from dualblade.staging import Slot
 from dualblade.store import KVStore
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
@@ -100,7 +101,7 @@ def make_store(
         placer,
         slots=2 * (shape.depth + 1) + shape.spare,
         capacity=shape.capacity,
-        prefetch_depth=shape.depth,
+        scheduler=Scheduler(limit=shape.depth),
         checksum=shape.checksum,
     )
     if placed:

@@ -85,7 +85,9 @@ class Guest:
                 return Outcome("failed", f"the guest ended without a word on this test\n{self.console()}")
             elif time.monotonic() - self._heard > PATIENCE_S:
                 self.stop()
-                return Outcome("failed", f"nothing heard of the guest for {PATIENCE_S:.0f} s\n{self.console()}")
+                return Outcome(
+                    "failed", f"nothing heard of the guest for {PATIENCE_S:.0f} s\n{self.console()}"
+                )
             else:
                 time.sleep(0.1)
         return _judged(self._lines[test])
