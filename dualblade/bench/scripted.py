@@ -52,7 +52,7 @@ class Script:
 
 
 class Compute:
-    """Takes the time it is told to. How late a sleep ends is the machine's: by that the next begins earlier."""
+    """Takes the time it is told to. How late a sleep ends is taken off the next one."""
 
     def __init__(self) -> None:
         self._late = 0.0
