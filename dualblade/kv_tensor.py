@@ -33,7 +33,7 @@ class Segment:
 
 
 @dataclass(slots=True)
-class Home:
+class Mapped:
     """A tensor that lives in one place, head-major, [batch x KV head, capacity, head_dim], and is read there:
     page-cache memory. slot: stands for all of it."""
 
@@ -51,7 +51,7 @@ class Home:
 @dataclass(slots=True)
 class Tensor:
     """tail: the unfinished block, [runs, block_tokens, head_dim]; tail_offset: its byte in the tails'
-    region. checksums: of the blocks on the medium, or None. writes: under way. home: instead of segments."""
+    region. checksums: of the blocks on the medium, or None. writes: under way. mapped: instead of segments."""
 
     spec: TensorSpec
     layout: Layout
@@ -61,7 +61,7 @@ class Tensor:
     tokens: int = 0
     segments: list[Segment] = field(default_factory=list)
     writes: list[Ticket] = field(default_factory=list)
-    home: Home | None = None
+    mapped: Mapped | None = None
 
     @property
     def blocks(self) -> int:

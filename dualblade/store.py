@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from dualblade.errors import ConfigError, DualBladeError, StorageError
-from dualblade.in_place import make_home, populate
+from dualblade.in_place import map_room, populate
 from dualblade.integrity import Checksums
 from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import Layout
@@ -119,8 +119,8 @@ class KVStore:
             for room in rooms:
                 tensor = self.tensors[room.key]
                 if self.reads_in_place and not self.checksum:  # these are of what is copied
-                    tensor.home = make_home(tensor, path, room, self.device)
-                if tensor.home is None:
+                    tensor.mapped = map_room(tensor, path, room, self.device)
+                if tensor.mapped is None:
                     tensor.segments.append(Segment(0, room.nbytes // tensor.layout.block_bytes, room))
         self.placements += placements
 
@@ -168,38 +168,38 @@ class KVStore:
             self._outgrow(layer, tokens)
         self._layer = layer
         for key in self._keys(layer):
-            home = self.tensors[key].home
-            slot = home.slot if home else self._fetched.pop(key, None) or self._fetch(key, wait=True)
+            mapped = self.tensors[key].mapped
+            slot = mapped.slot if mapped else self._fetched.pop(key, None) or self._fetch(key, wait=True)
             if slot is None:
                 raise ConfigError(f"the staging pool has too few slots for {key}")
             self._in_use[key] = slot
         self.prefetch(layer)
 
     def _fits(self, layer: int, tokens: int) -> bool:
-        homes = (self.tensors[key].home for key in self._keys(layer))
-        return all(tokens <= (home.capacity if home else self.capacity) for home in homes)
+        kept = (self.tensors[key].mapped for key in self._keys(layer))
+        return all(tokens <= (mapped.capacity if mapped else self.capacity) for mapped in kept)
 
     def _outgrow(self, layer: int, tokens: int) -> None:
         """More tokens than were foreseen: longer slots, and tensors that are read in place move out."""
         if tokens > self.capacity:
             self._grow_pool(tokens)
         for key in self._keys(layer):
-            if self.tensors[key].home:
+            if self.tensors[key].mapped:
                 self._move_out(key)
 
     def _move_out(self, key: TensorKey) -> None:
         """From its one place to segments, which can be added to. Nothing of the layer is in use."""
         tensor = self.tensors[key]
-        slot, home = self._fetch(key, wait=True), tensor.home
-        if slot is None or home is None:
+        slot, mapped = self._fetch(key, wait=True), tensor.mapped
+        if slot is None or mapped is None:
             raise ConfigError(f"the staging pool has too few slots for {key}")
-        self.device.copy_rows(home.slot.view, 0, slot.view, 0, tensor.tokens)
-        tensor.home = None
+        self.device.copy_rows(mapped.slot.view, 0, slot.view, 0, tensor.tokens)
+        tensor.mapped = None
         self._make_room(tensor)
         self._write(tensor, slot, 0, tensor.full)
         self._keep_tail(tensor, slot, tensor.tokens)
         self.pool.give_back(slot)
-        self.paths[home.room.path].release([home.room])
+        self.paths[mapped.room.path].release([mapped.room])
 
     def _begin_layer(self, layer: int) -> None:
         """What a step took may change how the next one is fetched."""
@@ -212,11 +212,11 @@ class KVStore:
 
     def _leave_layer(self) -> None:
         for key, slot in self._in_use.items():
-            home = self.tensors[key].home
-            if home is None:
+            mapped = self.tensors[key].mapped
+            if mapped is None:
                 self.pool.give_back(slot)
-            elif key.kind == "K" or self.tensors[TensorKey(key.layer, "K")].home is None:
-                self.paths[home.room.path].in_place_s += time.monotonic() - self._entered_at
+            elif key.kind == "K" or self.tensors[TensorKey(key.layer, "K")].mapped is None:
+                self.paths[mapped.room.path].in_place_s += time.monotonic() - self._entered_at
         self._in_use.clear()
         self._layer = None
 
@@ -229,7 +229,7 @@ class KVStore:
         """Start reading the layers after `layer` into the slots that are free."""
         for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.scheduler.depth):
             for key in self._keys(self._layers[ahead]):
-                if key in self._fetched or self.tensors[key].home or not self.tensors[key].full:
+                if key in self._fetched or self.tensors[key].mapped or not self.tensors[key].full:
                     continue
                 slot = self._fetch(key, wait=False)
                 if slot is None:
@@ -271,8 +271,8 @@ class KVStore:
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
-        if tensor.home:
-            populate(tensor, tensor.home, self.paths[tensor.home.room.path])
+        if tensor.mapped:
+            populate(tensor, tensor.mapped, self.paths[tensor.mapped.room.path])
         elif tensor.full:
             self._await_writes(tensor)
         ended = time.monotonic()
@@ -296,7 +296,7 @@ class KVStore:
 
     def _restore_tail(self, tensor: Tensor, slot: Slot) -> None:
         begin = tensor.full * tensor.layout.block_tokens
-        if tensor.tokens > begin and tensor.home is None:
+        if tensor.tokens > begin and tensor.mapped is None:
             self.device.copy_rows(tensor.tail, 0, slot.view, begin, tensor.tokens - begin)
 
     # append ---------------------------------------------------------------------------------
@@ -310,8 +310,8 @@ class KVStore:
         with self.failing():
             old = tensor.full
             tensor.tokens += count
-            if tensor.home:
-                self.paths[tensor.home.room.path].in_place_written += count * tensor.spec.token_bytes
+            if tensor.mapped:
+                self.paths[tensor.mapped.room.path].in_place_written += count * tensor.spec.token_bytes
                 return
             if tensor.full > old:
                 self._make_room(tensor)
@@ -362,7 +362,7 @@ class KVStore:
         tensor = self.tensors[key]
         full = tensor.layout.full_blocks(tokens)
         with self.failing():
-            if tensor.home is None and full < tensor.full and tokens % tensor.layout.block_tokens:
+            if tensor.mapped is None and full < tensor.full and tokens % tensor.layout.block_tokens:
                 self._await_writes(tensor)
                 self._read_tail(tensor, full)
             tensor.tokens = tokens
@@ -382,7 +382,7 @@ class KVStore:
         slot = self.load(key)
         with self.failing():
             change(slot.view, tensor.tokens)
-            if tensor.home:
+            if tensor.mapped:
                 return
             self._write(tensor, slot, 0, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)
@@ -426,9 +426,9 @@ class KVStore:
         given_up, trouble = 0, self.failure
         self._leave_layer()
         for tensor in self.tensors.values():
-            if tensor.home:
-                tensor.home.close()
-                tensor.home = None
+            if tensor.mapped:
+                tensor.mapped.close()
+                tensor.mapped = None
         for path in self.paths.values():
             try:
                 given_up += path.close()
