@@ -51,7 +51,8 @@ class Mapped:
 @dataclass(slots=True)
 class Tensor:
     """tail: the unfinished block, [runs, block_tokens, head_dim]; tail_offset: its byte in the tails'
-    region. checksums: of the blocks on the medium, or None. writes: under way. mapped: instead of segments."""
+    region. checksums: of the blocks on the medium, or None. writes: under way. mapped: instead of
+    segments."""
 
     spec: TensorSpec
     layout: Layout
