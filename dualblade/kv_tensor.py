@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dualblade.integrity import Checksums
@@ -29,11 +29,30 @@ class Segment:
         """Byte offset of a block on the room's file."""
         return self.room.offset + (block - self.first) * layout.block_bytes
 
+    def part(self, first: int, end: int, layout: Layout) -> Segment | None:
+        """What of blocks [first, end) lies here; None where nothing does."""
+        first, end = max(first, self.first), min(end, self.end)
+        if first >= end:
+            return None
+        nbytes = (end - first) * layout.block_bytes
+        return Segment(first, end - first, replace(self.room, offset=self.offset(first, layout), nbytes=nbytes))
+
+    def goes_on_in(self, other: Segment) -> bool:
+        """The other one's room begins where this one's ends."""
+        mine, its = self.room, other.room
+        same = (mine.path, mine.file) == (its.path, its.file)
+        return same and self.end == other.first and mine.offset + mine.nbytes == its.offset
+
 
 @dataclass(slots=True)
 class Tensor:
     """tail: the unfinished block, [runs, block_tokens, head_dim]; tail_offset: its byte in the tails'
-    region. checksums: of the blocks on the medium, or None. writes: under way."""
+    region. checksums: of the blocks on the medium, or None. writes, reads: under way.
+
+    segments: where the blocks are. homes: where they may be on each path, rooms that the tensor keeps.
+    clean: blocks whose bytes lie in their direct home too, though it is not where they are. intact: blocks
+    before it have not been taken back or changed since a migration set it.
+    """
 
     spec: TensorSpec
     layout: Layout
@@ -43,6 +62,10 @@ class Tensor:
     tokens: int = 0
     segments: list[Segment] = field(default_factory=list)
     writes: list[Ticket] = field(default_factory=list)
+    reads: list[Ticket] = field(default_factory=list)
+    homes: dict[PathKind, list[Segment]] = field(default_factory=dict)
+    clean: set[int] = field(default_factory=set)
+    intact: int = 0
 
     @property
     def blocks(self) -> int:
@@ -60,6 +83,46 @@ class Tensor:
     def offset_of(self, block: int) -> int:
         """Byte offset of a block on its file."""
         return self.segment_of(block).offset(block, self.layout)
+
+    def add(self, segment: Segment) -> None:
+        """The tensor grows by a segment, which is a home too."""
+        self.segments = [*self.segments, segment]
+        self.add_home(segment)
+
+    def add_home(self, home: Segment) -> None:
+        homes = self.homes.setdefault(home.room.path, [])
+        homes.append(home)
+        homes.sort(key=lambda segment: segment.first)
+
+    def parts(self, kind: PathKind, first: int, end: int) -> list[Segment]:
+        """The homes of blocks [first, end) on a path; shorter than these where some have none."""
+        parts = (home.part(first, end, self.layout) for home in self.homes.get(kind, ()))
+        return [part for part in parts if part]
+
+    def relocate(self, first: int, end: int, kind: PathKind) -> None:
+        """Blocks [first, end) are in their homes on a path from now on."""
+        kept = (part for segment in self.segments for part in self._without(segment, first, end))
+        merged: list[Segment] = []
+        for segment in sorted([*kept, *self.parts(kind, first, end)], key=lambda segment: segment.first):
+            if merged and merged[-1].goes_on_in(segment):
+                last = merged.pop()
+                room = replace(last.room, nbytes=last.room.nbytes + segment.room.nbytes)
+                segment = Segment(last.first, last.blocks + segment.blocks, room)
+            merged.append(segment)
+        self.segments = merged
+
+    def _without(self, segment: Segment, first: int, end: int) -> list[Segment]:
+        """What of a segment lies before `first` and from `end` on."""
+        parts = segment.part(0, first, self.layout), segment.part(end, segment.end, self.layout)
+        return [part for part in parts if part]
+
+    def changed(self, block: int) -> None:
+        """Blocks from `block` on hold other rows from now on, or none."""
+        self.clean = {number for number in self.clean if number < block}
+        self.intact = min(self.intact, block)
+
+    def blocks_on(self, kind: PathKind) -> int:
+        return sum(segment.blocks for segment in self.segments if segment.room.path is kind)
 
     def head_stride(self, capacity: int) -> int:
         """Bytes from one head's rows to the next's in a slot of `capacity` tokens."""

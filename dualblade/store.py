@@ -18,7 +18,7 @@ from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.trace import Trace
 from dualblade.units import MIB
-from spdk_glue import PAGE, READ, WRITE, Region
+from spdk_glue import PAGE, READ, WRITE, Piece, Region
 
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
@@ -35,6 +35,16 @@ class Placer(Protocol):
     """Decides where the next segment of a tensor goes."""
 
     def __call__(self, key: TensorKey, nbytes: int) -> Placement: ...
+
+
+class Mover(Protocol):
+    """Moves blocks from path to path while the store is used (see live.py). region: what it moves through;
+    closed with the store."""
+
+    region: Region
+
+    def reached(self, key: TensorKey) -> None: ...
+    def grown(self, tensor: Tensor) -> None: ...
 
 
 class KVStore:
@@ -69,6 +79,7 @@ class KVStore:
         self.checksum_s = 0.0
         self.failure: DualBladeError | None = None
         self.trace: Trace | None = None
+        self.mover: Mover | None = None
         self._layers = sorted({spec.key.layer for spec in specs})
         self._slots = slots
         self._of_env = any(path.queue.needs_env_memory for path in paths.values())
@@ -109,7 +120,8 @@ class KVStore:
             rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
             for room in rooms:
                 tensor = self.tensors[room.key]
-                tensor.segments.append(Segment(0, room.nbytes // tensor.layout.block_bytes, room))
+                blocks = room.nbytes // tensor.layout.block_bytes
+                tensor.add(Segment(tensor.blocks, blocks, room))
         self.placements += placements
 
     # load -----------------------------------------------------------------------------------
@@ -121,6 +133,7 @@ class KVStore:
         """
         tensor = self.tensors[key]
         with self.failing():
+            self._tell_mover(key)
             self._enter_layer(key.layer, tensor.tokens + extra)
             slot = self._in_use[key]
             self._await(tensor, slot)
@@ -208,8 +221,18 @@ class KVStore:
 
     def _transfers(self, op: int, tensor: Tensor, slot: Slot, first: int, end: int) -> list[Ticket]:
         """Move blocks [first, end) between the slot and their rooms: one transfer a path."""
-        pieces = tensor.pieces(slot.address, self.capacity, first, end)
-        return [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+        return self._start(op, tensor, tensor.pieces(slot.address, self.capacity, first, end))
+
+    def _start(self, op: int, tensor: Tensor, pieces: Mapping[PathKind, Sequence[Piece]]) -> list[Ticket]:
+        tickets = [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+        if self.mover is not None and op == READ:
+            tensor.reads = [ticket for ticket in tensor.reads if not ticket.done()] + tickets
+        return tickets
+
+    def _tell_mover(self, key: TensorKey) -> None:
+        """Between two tensors a migration may go on, and between two passes be decided on."""
+        if self.mover is not None:
+            self.mover.reached(key)
 
     def _await(self, tensor: Tensor, slot: Slot) -> None:
         """The slot is filled, and everything written before it really reached the medium."""
@@ -281,8 +304,10 @@ class KVStore:
         blocks = max(missing, min(max(tensor.blocks, 1), max(1, LARGEST_STEP // block)))
         placement = self.placer(tensor.spec.key, blocks * block)
         room = self.paths[placement.path].allocate([(placement.key, placement.bytes)])[0]
-        tensor.segments.append(Segment(tensor.blocks, blocks, room))
+        tensor.add(Segment(tensor.blocks, blocks, room))
         self.placements.append(placement)
+        if self.mover is not None:
+            self.mover.grown(tensor)
 
     def _grow_pool(self, tokens: int) -> None:
         """Slots for a longer context than was foreseen. Nothing is in use at this point."""
@@ -306,6 +331,7 @@ class KVStore:
             if full < tensor.full and tokens % tensor.layout.block_tokens:
                 self._await_writes(tensor)
                 self._read_tail(tensor, full)
+            tensor.changed(full)
             tensor.tokens = tokens
 
     def _read_tail(self, tensor: Tensor, block: int) -> None:
@@ -323,6 +349,7 @@ class KVStore:
         slot = self.load(key)
         with self.failing():
             change(slot.view, tensor.tokens)
+            tensor.changed(0)
             self._write(tensor, slot, 0, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)
 
@@ -354,6 +381,7 @@ class KVStore:
         """Forget every row; the rooms stay, to be written anew. Raises StorageError."""
         self.flush()
         for tensor in self.tensors.values():
+            tensor.changed(0)
             tensor.tokens = 0
             tensor.writes = []
 
@@ -369,7 +397,7 @@ class KVStore:
             except DualBladeError as error:
                 given_up += 1
                 self.failure = self.failure or error
-        for region in (self.pool.region, self._tails):
+        for region in (self.pool.region, self._tails, *([self.mover.region] if self.mover else [])):
             region.abandon() if given_up else region.close()
         if self.failure is not trouble:
             assert self.failure is not None

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dualblade.errors import StorageError
+from dualblade.errors import CapacityError, StorageError
 from dualblade.layout import PAGE
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.trace import Trace
-from spdk_glue import READ, Piece, Queue, Region, TransferError, TransferTimeout
+from dualblade.units import format_size
+from spdk_glue import READ, WRITE, Piece, Queue, Region, TransferError, TransferTimeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,28 @@ class Ticket:
             raise self._error
 
 
+class WriteLimit:
+    """How much may be written, to all paths together (--write-cap). written: bytes so far."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.written = 0
+
+    @property
+    def left(self) -> int:
+        return self.limit - self.written
+
+    def write(self, nbytes: int) -> None:
+        """Raises CapacityError where that would be too much."""
+        if nbytes > self.left:
+            raise CapacityError(
+                f"writing {format_size(nbytes)} of KV more would pass the limit of {format_size(self.limit)}: "
+                f"{format_size(self.written)} are written",
+                "raise --write-cap, or lower the context or the batch",
+            )
+        self.written += nbytes
+
+
 class StoragePath(ABC):
     """A queue and the rooms on it."""
 
@@ -64,6 +87,7 @@ class StoragePath(ABC):
         self.queue = queue
         self.timeout_s = timeout_s
         self.trace: Trace | None = None
+        self.wear: WriteLimit | None = None
 
     @property
     @abstractmethod
@@ -73,6 +97,17 @@ class StoragePath(ABC):
     @abstractmethod
     def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
         """Room for each (tensor, bytes), all or none. Raises CapacityError."""
+
+    def reserve(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
+        """Room that need not be backed by the medium before back(). Raises CapacityError."""
+        return self.allocate(wanted)
+
+    def back(self, room: Room) -> None:
+        """Before the first write to (part of) a reserved or dropped room. Raises CapacityError."""
+
+    def drop(self, room: Room) -> bool:
+        """Give back what (part of) a room takes; its bytes are gone. False where this path keeps them."""
+        return False
 
     @abstractmethod
     def release(self, rooms: Sequence[Room]) -> None:
@@ -87,7 +122,10 @@ class StoragePath(ABC):
         self.close()
 
     def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
-        """Start moving the pieces. Raises StorageError where the queue itself has failed."""
+        """Start moving the pieces. Raises StorageError where the queue itself has failed, CapacityError
+        where `wear` allows no more writing."""
+        if op == WRITE and self.wear is not None:
+            self.wear.write(sum(piece.nbytes for piece in pieces))
         try:
             return Ticket(self, key, op, self.queue.submit(op, pieces, self.timeout_s))
         except OSError as error:
