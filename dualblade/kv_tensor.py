@@ -35,7 +35,9 @@ class Segment:
         if first >= end:
             return None
         nbytes = (end - first) * layout.block_bytes
-        return Segment(first, end - first, replace(self.room, offset=self.offset(first, layout), nbytes=nbytes))
+        return Segment(
+            first, end - first, replace(self.room, offset=self.offset(first, layout), nbytes=nbytes)
+        )
 
     def goes_on_in(self, other: Segment) -> bool:
         """The other one's room begins where this one's ends."""

@@ -70,8 +70,8 @@ class WriteLimit:
         """Raises CapacityError where that would be too much."""
         if nbytes > self.left:
             raise CapacityError(
-                f"writing {format_size(nbytes)} of KV more would pass the limit of {format_size(self.limit)}: "
-                f"{format_size(self.written)} are written",
+                f"writing {format_size(nbytes)} of KV more would pass the limit of "
+                f"{format_size(self.limit)}: {format_size(self.written)} are written",
                 "raise --write-cap, or lower the context or the batch",
             )
         self.written += nbytes
@@ -102,7 +102,7 @@ class StoragePath(ABC):
         """Room that need not be backed by the medium before back(). Raises CapacityError."""
         return self.allocate(wanted)
 
-    def back(self, room: Room) -> None:
+    def back(self, room: Room) -> None:  # noqa: B027 (most media have their space from the start)
         """Before the first write to (part of) a reserved or dropped room. Raises CapacityError."""
 
     def drop(self, room: Room) -> bool:
