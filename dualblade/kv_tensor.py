@@ -49,7 +49,7 @@ class Segment:
 @dataclass(slots=True)
 class Tensor:
     """tail: the unfinished block, [runs, block_tokens, head_dim]; tail_offset: its byte in the tails'
-    region. checksums: of the blocks on the medium, or None. writes, reads: under way.
+    region. checksums: of the blocks on the medium, or None. writes, transfers: under way.
 
     segments: where the blocks are. homes: where they may be on each path, rooms that the tensor keeps.
     clean: blocks whose bytes lie in their direct home too, though it is not where they are. intact: blocks
@@ -64,7 +64,7 @@ class Tensor:
     tokens: int = 0
     segments: list[Segment] = field(default_factory=list)
     writes: list[Ticket] = field(default_factory=list)
-    reads: list[Ticket] = field(default_factory=list)
+    transfers: list[Ticket] = field(default_factory=list)
     homes: dict[PathKind, list[Segment]] = field(default_factory=dict)
     clean: set[int] = field(default_factory=set)
     intact: int = 0

@@ -137,15 +137,15 @@ def _too_small(request: BudgetRequest, left: int, staging: int, what: str) -> Bu
 
 
 class SegmentPlacer:
-    """Places what a tensor grows by, within the page cache's share."""
+    """Places what a tensor grows by, within the page cache's share. share, used: bytes, as they are now."""
 
     def __init__(self, plan: RunPlan):
-        self._share = plan.share.bytes
+        self.share = plan.share.bytes
+        self.used = plan.bytes_on(PathKind.PAGE_CACHE)
         self._forced = plan.request.forced
-        self._used = plan.bytes_on(PathKind.PAGE_CACHE)
 
     def __call__(self, key: TensorKey, nbytes: int) -> Placement:
-        placement = place_segment(key, nbytes, self._used, self._share, self._forced)
+        placement = place_segment(key, nbytes, self.used, self.share, self._forced)
         if placement.path is PathKind.PAGE_CACHE:
-            self._used += nbytes
+            self.used += nbytes
         return placement

@@ -225,8 +225,8 @@ class KVStore:
 
     def _start(self, op: int, tensor: Tensor, pieces: Mapping[PathKind, Sequence[Piece]]) -> list[Ticket]:
         tickets = [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
-        if self.mover is not None and op == READ:
-            tensor.reads = [ticket for ticket in tensor.reads if not ticket.done()] + tickets
+        if self.mover is not None:
+            tensor.transfers = [ticket for ticket in tensor.transfers if not ticket.done()] + tickets
         return tickets
 
     def _tell_mover(self, key: TensorKey) -> None:
