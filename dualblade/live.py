@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The governor while a run goes on: between two passes it looks at the memory, decides, and has blocks moved."""
+"""The governor while a run goes on: between two passes it looks at the memory, decides, and has blocks
+moved."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, Ten
 from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import MIB
 from dualblade.watch import Look, MemoryWatch
-from spdk_glue import Region
+from spdk_glue import PAGE, Region
 
 DEMOTE_PART, PROMOTE_PART = 16, 64  # of all KV, copied for one decision and one pass
 BAND_PART = 32
@@ -67,6 +68,7 @@ class LiveGovernor:
         self.steps = 0
         self.moves: list[tuple[int, Move]] = []
         self.note: str | None = None
+        self.share: int | None = None
         self._budget = budget
         self._placer = placer
         self._open_path = open_path
@@ -75,7 +77,8 @@ class LiveGovernor:
         self._state = GovernorState()
         self._decided = -1
         self._more = False
-        self._refaults: tuple[int, int] | None = None
+        self._rate = 0
+        self._refaults: tuple[int, int] | None = None  # so far, bytes since the look before
         self._last: TensorKey | None = None
         self._reasons: dict[tuple[TensorKey, PathKind], str] = {}
 
@@ -98,7 +101,7 @@ class LiveGovernor:
 
     def _between_passes(self) -> None:
         self.steps += 1
-        self.migrator.grant = self._limits().demote
+        self.migrator.grant = self._rate
         if self.watch.latest is None:
             return
         number, seen = self.watch.latest
@@ -112,19 +115,19 @@ class LiveGovernor:
         states = [self._state_of(self.tensors[key]) for key in self._keys]
         facts, limits, before = self._facts(number, seen), self._limits(), self._state
         decision = revise(states, facts, before, limits)
-        self._state, self._more = decision.state, decision.more
+        self._state, self._more, self.share = decision.state, decision.more, decision.share
         if self._trace is not None:
             self._trace.write(encode(self.steps, states, facts, before, limits, decision) + "\n")
         if self._placer is not None:
             self._placer.share = decision.share
             self._placer.used = sum(state.cached * state.block_bytes for state in states)
-        self._carry_out(decision)
+        self._carry_out(decision, limits)
 
-    def _carry_out(self, decision: Decision) -> None:
+    def _carry_out(self, decision: Decision, limits: Limits) -> None:
         if not self._ready(decision.moves):
             return
-        if decision.moves and decision.moves[0].to is PathKind.PAGE_CACHE:
-            self.migrator.grant = self._limits().promote
+        promotes = bool(decision.moves) and decision.moves[0].to is PathKind.PAGE_CACHE
+        self._rate = self.migrator.grant = limits.promote if promotes else limits.demote
         for move in decision.moves:
             if move.to not in self.migrator.refused:
                 self._reasons[move.key, move.to] = f"live: {move.reason}"
@@ -184,11 +187,10 @@ class LiveGovernor:
     def _refaulted(self, number: int, seen: Look) -> int:
         """Bytes read back between this look and the one before."""
         count = seen.pressure.refaults
-        if self._refaults is None or self._refaults[0] != number:
-            before = count if self._refaults is None else self._refaults[1]
-            self._refaults = (number, count)
-            self._refaulted_bytes = max(0, count - before) * 4096
-        return self._refaulted_bytes
+        if number != self._state.number:
+            before = count if self._refaults is None else self._refaults[0]
+            self._refaults = (count, max(0, count - before) * PAGE)
+        return self._refaults[1] if self._refaults else 0
 
     def _steps_left(self) -> int | None:
         if self._budget.tokens is None:
@@ -229,6 +231,7 @@ class LiveGovernor:
         notes = [self.note, self.watch.error, *dict.fromkeys(migrator.refused.values())]
         return {
             "steps": self.steps,
+            "share_bytes": self.share,
             "demoted_bytes": migrator.moved_bytes[PathKind.DIRECT],
             "promoted_bytes": migrator.moved_bytes[PathKind.PAGE_CACHE],
             "copied_bytes": migrator.copied_bytes,

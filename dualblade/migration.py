@@ -15,19 +15,14 @@ from dataclasses import dataclass
 
 from dualblade.errors import CapacityError, DualBladeError
 from dualblade.kv_tensor import Segment, Tensor
+from dualblade.layout import chunk_bytes
 from dualblade.paths.base import Room, StoragePath, Ticket, WriteLimit
 from dualblade.revision import Move
 from dualblade.tensors import PathKind, TensorKey
-from dualblade.units import MIB, format_size
+from dualblade.units import format_size
 from spdk_glue import READ, WRITE, Piece, Region, plain
 
-CHUNK = 4 * MIB  # read and written in a few milliseconds, which is the most that a reader may wait behind it
 CACHE, DIRECT = PathKind.PAGE_CACHE, PathKind.DIRECT
-
-
-def chunk_bytes(block_bytes: Iterable[int]) -> int:
-    """Memory that migrations take: as many whole blocks as CHUNK holds, one at least."""
-    return max((max(1, CHUNK // size) * size for size in block_bytes), default=0)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dualblade.errors import BudgetError
 from dualblade.governor import Footprint, Share, as_option, page_cache_share, place, place_segment
-from dualblade.layout import Layout, choose_layout
+from dualblade.layout import Layout, choose_layout, chunk_bytes
 from dualblade.pipeline import STREAM_SLOTS, PipelinePlan, plan_pipeline, plan_stream
 from dualblade.residency import MemorySnapshot
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
@@ -25,7 +25,8 @@ DEFAULT_POLICY = "spread"
 class BudgetRequest:
     """budget: bytes for the whole process, host memory. weights, runtime, activations: bytes.
     page_cache: --page-cache-budget, or None. forced: the path of every tensor, or None. stream: "auto", a
-    layer is streamed in chunks where its K and V do not fit; "never"; "always"."""
+    layer is streamed in chunks where its K and V do not fit; "never"; "always". live: tensors may change
+    paths later."""
 
     budget: int
     weights: int
@@ -36,6 +37,7 @@ class BudgetRequest:
     policy: str = DEFAULT_POLICY
     prefetch_depth: int | None = None
     stream: str = "never"
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,11 @@ def make_plan(
     left = request.budget - request.weights - request.runtime - request.activations
     layouts = choose_layouts(specs, left)
     tails = sum(layout.block_bytes for layout in layouts.values())
-    pipeline = _plan_staging(specs, layouts, request, left - tails)
+    migration = chunk_bytes(layout.block_bytes for layout in layouts.values()) if request.live else 0
+    pipeline = _plan_staging(specs, layouts, request, left - tails - migration)
     capacity, slot_bytes = _slot(specs, layouts, pipeline.chunk_tokens)
     footprint = Footprint(
-        request.weights, request.runtime, pipeline.slots * slot_bytes, tails, request.activations
+        request.weights, request.runtime, pipeline.slots * slot_bytes, tails, migration, request.activations
     )
     share = page_cache_share(request.budget, footprint, snapshot, request.page_cache)
     sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in specs}

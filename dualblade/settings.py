@@ -14,6 +14,7 @@ from dualblade.units import parse_size
 
 KV_PATHS = {"auto": None, "page-cache": PathKind.PAGE_CACHE, "direct": PathKind.DIRECT}
 POLICIES = ("spread", "first-fit")
+DEFAULT_LIVE = True  # but for first-fit, which is the paper's and static
 STREAM = ("auto", "never", "always")
 
 
@@ -29,7 +30,8 @@ class CacheSettings:
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
     weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
-    its K and V do not fit the budget."""
+    its K and V do not fit the budget. live: tensors change paths as the memory changes. write_cap: bytes that
+    may be written in all, or None. governor_trace: a file for the governor's decisions."""
 
     nvme: str | None
     budget: int
@@ -44,6 +46,9 @@ class CacheSettings:
     checksum: bool = False
     stream: str = "auto"
     loaded: bool = True
+    live: bool = False
+    write_cap: int | None = None
+    governor_trace: Path | None = None
     timeout_s: float = 60.0
 
     @classmethod
@@ -62,6 +67,9 @@ class CacheSettings:
         prefetch_depth: int | None = None,
         checksum: bool = False,
         stream: str = "auto",
+        live: bool | None = None,
+        write_cap: str | int | None = None,
+        governor_trace: str | Path | None = None,
     ) -> CacheSettings:
         """Raises UsageError naming the setting that makes no sense."""
         if kv_path not in KV_PATHS:
@@ -70,6 +78,13 @@ class CacheSettings:
             raise UsageError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
         if stream not in STREAM:
             raise UsageError(f"stream {stream!r} is none of {', '.join(STREAM)}")
+        if live and KV_PATHS[kv_path] is not None:
+            raise UsageError(
+                f"kv_path {kv_path!r} keeps every tensor on one path, and live moves them",
+                "leave one of them out",
+            )
+        if live is None:
+            live = DEFAULT_LIVE and KV_PATHS[kv_path] is None and policy != "first-fit"
         budget = _size(mem_budget, "mem_budget")
         if not budget or budget <= 0:
             raise UsageError(f"mem_budget {mem_budget!r} is not a size", "write e.g. 6G")
@@ -86,4 +101,7 @@ class CacheSettings:
             prefetch_depth=prefetch_depth,
             checksum=checksum,
             stream=stream,
+            live=live,
+            write_cap=_size(write_cap, "write_cap"),
+            governor_trace=Path(governor_trace) if governor_trace else None,
         )

@@ -41,8 +41,8 @@ class Mover(Protocol):
     """Moves blocks from path to path while the store is used (see live.py). region: what it moves through;
     closed with the store."""
 
-    region: Region
-
+    @property
+    def region(self) -> Region: ...
     def reached(self, key: TensorKey) -> None: ...
     def grown(self, tensor: Tensor) -> None: ...
 
