@@ -14,6 +14,7 @@ from dualblade.governor import Footprint, Share, as_option, page_cache_share, pl
 from dualblade.layout import Layout, choose_layout, chunk_bytes
 from dualblade.pipeline import STREAM_SLOTS, PipelinePlan, plan_pipeline, plan_stream
 from dualblade.residency import MemorySnapshot
+from dualblade.revision import fill
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import format_size
 
@@ -88,6 +89,9 @@ def make_plan(
     share = page_cache_share(request.budget, footprint, snapshot, request.page_cache)
     sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in specs}
     placements = [] if grows else place(specs, sizes, share.bytes, request.policy, request.forced)
+    if request.live and placements and request.forced is None:
+        blocks = {key: layout.block_bytes for key, layout in layouts.items()}
+        placements = fill(placements, blocks, share.bytes, request.policy)
     return RunPlan(
         request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, placements
     )

@@ -9,11 +9,11 @@ more of it only after it has lasted; between the two lies a band in which nothin
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dualblade.governor import Policy
-from dualblade.tensors import PathKind, TensorKey
+from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import format_size
 
 SOME_PRESSED = 10.0  # per cent of the last 10 s in which some task waited for memory
@@ -134,6 +134,30 @@ def revise(tensors: Sequence[TensorState], facts: Facts, state: GovernorState, l
     else:
         moves, more = [], False
     return Decision(share, reason, tuple(moves), more, state)
+
+
+def fill(
+    placements: Sequence[Placement], blocks: Mapping[TensorKey, int], share: int, policy: str
+) -> list[Placement]:
+    """What whole tensors leave of the share goes to the first blocks of one more, whose placement becomes
+    two. blocks: bytes of a block."""
+    states = [
+        TensorState(item.key, blocks[item.key], item.bytes // blocks[item.key], 0, cached, 0)
+        for item in placements
+        for cached in [item.bytes // blocks[item.key] if item.path is PathKind.PAGE_CACHE else 0]
+    ]
+    cycle = _Cycle(states, policy)
+    room = share - sum(item.bytes for item in placements if item.path is PathKind.PAGE_CACHE)
+    found = cycle.next_to_promote()
+    part = room // cycle.tensors[found].block_bytes if found is not None else 0
+    if found is None or part <= 0:
+        return list(placements)
+    item, whole = placements[found], cycle.tensors[found].blocks
+    reason = f"what is left of the share holds {part} of its {whole} blocks"
+    nbytes = part * blocks[item.key]
+    first = Placement(item.key, PathKind.PAGE_CACHE, nbytes, reason)
+    rest = Placement(item.key, PathKind.DIRECT, item.bytes - nbytes, reason)
+    return [*placements[:found], first, rest, *placements[found + 1 :]]
 
 
 # the share ----------------------------------------------------------------------------------

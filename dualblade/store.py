@@ -115,7 +115,10 @@ class KVStore:
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Take the room that the governor decided on, before the first token. Raises CapacityError."""
-        for kind, path in self.paths.items():
+        for kind in (
+            kind for kind in PathKind if kind in self.paths
+        ):  # what is cached of a tensor comes first
+            path = self.paths[kind]
             chosen = [placement for placement in placements if placement.path is kind]
             rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
             for room in rooms:

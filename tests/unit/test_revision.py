@@ -13,7 +13,7 @@ from dualblade.errors import ConfigError
 from dualblade.governor import place
 from dualblade.governor_trace import encode, replay
 from dualblade.planner import make_specs
-from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, TensorState, revise
+from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, TensorState, fill, revise
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import GIB, MIB
 
@@ -76,6 +76,10 @@ def test_the_share_is_used_to_the_last_block() -> None:
     specs = make_specs(4, 1, 8, 128, 2, 4096)
     sizes = {spec.key: 8 * BLOCK for spec in specs}
     placed = place(specs, sizes, 29 * BLOCK, "spread")
+    filled = fill(placed, dict.fromkeys(sizes, BLOCK), 29 * BLOCK + 5, "spread")
+    assert sum(item.bytes for item in filled) == 8 * 8 * BLOCK
+    assert sum(item.bytes for item in filled if item.path is PathKind.PAGE_CACHE) == 29 * BLOCK
+    assert len(filled) == len(placed) + 1
     states = [tensor(item.key, 8, 0, 8 if item.path is PathKind.PAGE_CACHE else 0) for item in placed]
     assert cached_bytes(states) == 24 * BLOCK
     facts = replace(FACTS, cap=29 * BLOCK + 5)
