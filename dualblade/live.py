@@ -113,7 +113,7 @@ class LiveGovernor:
 
     def _decide(self, number: int, seen: Look) -> None:
         states = [self._state_of(self.tensors[key]) for key in self._keys]
-        facts, limits, before = self._facts(number, seen), self._limits(), self._state
+        facts, limits, before = self._facts(number, seen, states), self._limits(), self._state
         decision = revise(states, facts, before, limits)
         self._state, self._more, self.share = decision.state, decision.more, decision.share
         if self._trace is not None:
@@ -161,9 +161,11 @@ class LiveGovernor:
         size = tensor.layout.block_bytes
         return TensorState(tensor.spec.key, size, tensor.blocks, tensor.full, cached, cached_written, stuck)
 
-    def _facts(self, number: int, seen: Look) -> Facts:
+    def _facts(self, number: int, seen: Look, states: Sequence[TensorState]) -> Facts:
         snapshot, budget = seen.snapshot, self._budget
-        held = snapshot.process_anon + snapshot.process_hugetlb + budget.mapped
+        # A large folio that was dropped in part stays whole, and counts.
+        waste = seen.pages.cached - sum(state.cached_written * state.block_bytes for state in states)
+        held = snapshot.process_anon + snapshot.process_hugetlb + budget.mapped + max(0, waste)
         footprint = budget.footprint
         to_take = max(footprint.reserve_bytes, footprint.total - held)
         room = snapshot.available

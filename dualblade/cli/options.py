@@ -95,4 +95,4 @@ def settings_from(options: dict[str, Any]) -> Any:
         "write_cap",
         "governor_trace",
     )
-    return CacheSettings.checked(**{name: options[name] for name in names})
+    return CacheSettings.checked(**{name: options[name] for name in names if name in options})

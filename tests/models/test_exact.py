@@ -57,7 +57,11 @@ def cases(rows) -> list[Case]:
 
 
 def name(case: Case) -> str:
-    return "-".join(str(part).removeprefix("torch.") for part in (*case.way, case.kv_path, case.engine))
+    return "-".join((name_of_way(case.way), case.kv_path, case.engine))
+
+
+def name_of_way(way: Way) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in way)
 
 
 def prompt(batch: int) -> dict[str, torch.Tensor]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import test_store
 import test_streamed_store
-from forced_moves import DroppingPath, RandomMoves, WatchedPageCache, move_to
+from dropping import DroppingPath, WatchedPageCache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_moves import RandomMoves, move_to
 from stores import Checked, MemPath, Shape, make_store
 from test_streamed_store import Streamed, shape_of
 
