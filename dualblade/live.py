@@ -150,14 +150,14 @@ class LiveGovernor:
         return True
 
     def _state_of(self, tensor: Tensor) -> TensorState:
-        cached = cached_written = stuck = 0
+        cached = cached_written = 0
         for segment in tensor.segments:
             if segment.room.path is PathKind.PAGE_CACHE:
                 cached += segment.blocks
                 cached_written += min(segment.blocks, max(0, tensor.full - segment.first))
-                homes = tensor.parts(PathKind.DIRECT, segment.first, segment.end)
-                stuck += segment.blocks - sum(home.blocks for home in homes)
-        stuck = 0 if PathKind.DIRECT not in self.paths and self._open_path else stuck
+        stuck = tensor.blocks - sum(home.blocks for home in tensor.homes.get(PathKind.DIRECT, ()))
+        if PathKind.DIRECT not in self.paths and self._open_path:
+            stuck = 0  # it will be opened with room for all
         size = tensor.layout.block_bytes
         return TensorState(tensor.spec.key, size, tensor.blocks, tensor.full, cached, cached_written, stuck)
 

@@ -249,6 +249,8 @@ def _promote(
     tensors: Sequence[TensorState], room: int, facts: Facts, limits: Limits, reason: str
 ) -> tuple[list[Move], bool]:
     pays = facts.steps_left is None or facts.steps_left >= FEWEST_STEPS
+    if all(tensor.block_bytes > room or tensor.cached >= tensor.blocks for tensor in tensors):
+        return [], False
     cycle, allowed = _Cycle(tensors, limits.policy), limits.promote if pays else 0
     while (found := cycle.next_to_promote()) is not None:
         tensor = cycle.tensors[found]

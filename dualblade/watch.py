@@ -34,7 +34,8 @@ def look(host: Host, fds: Iterable[int]) -> Look:
         sum(pages.dirty for pages in found),
         sum(pages.evicted for pages in found),
     )
-    return Look(take_snapshot(host), memory_pressure(host, memory_cgroups(host)), pages)
+    levels = memory_cgroups(host)
+    return Look(take_snapshot(host, levels=levels), memory_pressure(host, levels), pages)
 
 
 class MemoryWatch:
