@@ -99,6 +99,9 @@ class LiveGovernor:
         if tensor.segments[-1].room.path is PathKind.PAGE_CACHE:
             self.migrator.claim([tensor])
 
+    def spare(self) -> bool:
+        return self.migrator.spare()
+
     def _between_passes(self) -> None:
         self.steps += 1
         self.migrator.grant = self._rate

@@ -91,6 +91,20 @@ class Migrator:
             break
         return sum(home.blocks for _, home in bare)
 
+    def spare(self) -> bool:
+        """Give up the rooms on the direct path that no block lies in: a tensor that grows needs them more."""
+        freed = False
+        for tensor in self.tensors.values():
+            busy = self._active is not None and self._active.tensor is tensor
+            if busy or not all(ticket.done() for ticket in tensor.transfers):
+                continue
+            for home in [home for home in tensor.homes.get(DIRECT, ()) if _is_empty(tensor, home)]:
+                tensor.homes[DIRECT].remove(home)
+                tensor.clean.difference_update(range(home.first, home.end))
+                self.paths[DIRECT].release([home.room])
+                freed = True
+        return freed
+
     def _reserve(self, tensor: Tensor, block: int) -> None:
         """Addresses in the page cache's files for all that lies in the same direct home as a block."""
         if tensor.parts(CACHE, block, block + 1):
@@ -280,6 +294,14 @@ def _without_twin(tensor: Tensor) -> list[Segment]:
     """Homes in the page cache whose blocks have none on the direct path."""
     homes = tensor.homes.get(CACHE, ())
     return [home for home in homes if not tensor.parts(DIRECT, home.first, home.end)]
+
+
+def _is_empty(tensor: Tensor, home: Segment) -> bool:
+    """No block is looked for in a direct home."""
+    return not any(
+        segment.room.path is DIRECT and segment.first < home.end and home.first < segment.end
+        for segment in tensor.segments
+    )
 
 
 def _last_cached(tensor: Tensor, blocks: int) -> tuple[int, int] | None:

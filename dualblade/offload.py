@@ -20,7 +20,7 @@ from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
 from dualblade.streamed_store import StreamedStore
 from dualblade.superblock import capacity_for
-from dualblade.target_files import make_cache_dir
+from dualblade.target_files import check_room, make_cache_dir
 from dualblade.targets import default_capacity, open_target, open_volume
 from dualblade.tensors import PathKind, Placement, TensorSpec
 from dualblade.units import GIB, MIB
@@ -93,7 +93,9 @@ class Offload:
         if settings.live:
             try:
                 all_bytes = sum(placement.bytes for placement in self.plan.placements)
-                return self._open_target(capacity_for(all_bytes, 2 * extents))
+                capacity = capacity_for(all_bytes, 2 * extents)
+                check_room(settings.cache_dir, capacity + self.plan.bytes_on(PathKind.PAGE_CACHE))
+                return self._open_target(capacity)
             except CapacityError:
                 if not wanted:
                     raise

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from dualblade.errors import ConfigError, DualBladeError, StorageError
+from dualblade.errors import CapacityError, ConfigError, DualBladeError, StorageError
 from dualblade.integrity import Checksums
 from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import Layout
-from dualblade.paths.base import StoragePath, Ticket
+from dualblade.paths.base import Room, StoragePath, Ticket
 from dualblade.pipeline import layers_ahead
 from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
@@ -39,12 +39,13 @@ class Placer(Protocol):
 
 class Mover(Protocol):
     """Moves blocks from path to path while the store is used (see live.py). region: what it moves through;
-    closed with the store."""
+    closed with the store. spare: give up direct rooms that nothing lies in; whether there were any."""
 
     @property
     def region(self) -> Region: ...
     def reached(self, key: TensorKey) -> None: ...
     def grown(self, tensor: Tensor) -> None: ...
+    def spare(self) -> bool: ...
 
 
 class KVStore:
@@ -306,11 +307,20 @@ class KVStore:
         block = tensor.layout.block_bytes
         blocks = max(missing, min(max(tensor.blocks, 1), max(1, LARGEST_STEP // block)))
         placement = self.placer(tensor.spec.key, blocks * block)
-        room = self.paths[placement.path].allocate([(placement.key, placement.bytes)])[0]
+        room = self._allocate(placement)
         tensor.add(Segment(tensor.blocks, blocks, room))
         self.placements.append(placement)
         if self.mover is not None:
             self.mover.grown(tensor)
+
+    def _allocate(self, placement: Placement) -> Room:
+        wanted = [(placement.key, placement.bytes)]
+        try:
+            return self.paths[placement.path].allocate(wanted)[0]
+        except CapacityError:
+            if self.mover is None or placement.path is not PathKind.DIRECT or not self.mover.spare():
+                raise
+        return self.paths[placement.path].allocate(wanted)[0]
 
     def _grow_pool(self, tokens: int) -> None:
         """Slots for a longer context than was foreseen. Nothing is in use at this point."""

@@ -35,6 +35,9 @@ class RandomMoves:
     def grown(self, tensor) -> None:
         self.migrator.claim([tensor])
 
+    def spare(self) -> bool:
+        return self.migrator.spare()
+
     def want_anything(self) -> None:
         keys = self.random.sample(sorted(self.tensors), self.random.randint(1, min(3, len(self.tensors))))
         self.migrator.want([move for key in keys if (move := self.any_move(key))])

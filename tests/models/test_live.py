@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from test_exact import Way, assert_same, kv_bytes, name_of_way
 from transformers import LlamaConfig
 
 from dualblade import DualBladeCache, offload
-from dualblade.errors import UsageError
+from dualblade.errors import CapacityError, UsageError
 from dualblade.governor_trace import replay
 from dualblade.host.pressure import Pressure
 from dualblade.host.sysfs import Host
@@ -42,6 +44,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=HEADS,
     head_dim=HEAD_DIM,
 )
+CAPACITY = "17M"
 SLACK = 4 * MIB  # of what was taken between two looks
 CACHE, DIRECT = PathKind.PAGE_CACHE, PathKind.DIRECT
 
@@ -231,6 +234,26 @@ def test_memory_stays_within_the_budget(direct_dir: Path) -> None:
         assert cache.report()["memory"]["peak_bytes"] <= budget + SLACK
 
 
+@pytest.mark.needs("uring", "o_direct")
+def test_rooms_kept_for_later_give_way_to_growth(direct_dir: Path) -> None:
+    """A target that is just large enough for what lies on it is large enough for a live run, too."""
+
+    def run(live: bool) -> list[bool]:
+        growing = {"max_tokens": None, "batch_size": None, "page_cache_budget": "5M", "capacity": CAPACITY}
+        spared: list[bool] = []
+        with cache_of(direct_dir, live=live, **growing) as cache:
+            rows = Rows(cache)
+            rows.step(100)
+            if governor := cache.storage.governor:
+                governor.spare = lambda: spared.append(governor.migrator.spare()) or spared[-1]
+            for _ in range(24):
+                rows.step(100)
+        return spared
+
+    run(live=False)
+    assert any(run(live=True))
+
+
 # tokens -------------------------------------------------------------------------------------
 
 WAYS = [
@@ -272,6 +295,76 @@ def test_exact_tokens_with_moves_at_any_time(way: Way, known: bool, direct_dir: 
         assert_same(way, cache)
         assert moves[0].migrator.refused == {}
         assert moves[0].migrator.copied_bytes > 0
+
+
+# a cgroup -----------------------------------------------------------------------------------
+
+LIMITED = """
+import json, os, sys, torch
+group, folder = sys.argv[1:]
+def limit(nbytes):
+    with open(f"{group}/memory.limit_in_bytes", "w") as file:
+        file.write(str(nbytes))
+def usage():
+    with open(f"{group}/memory.usage_in_bytes") as file:
+        return int(file.read())
+limit(4 << 30)
+with open(f"{group}/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+from dualblade import DualBladeCache
+from transformers import LlamaConfig
+torch.set_num_threads(1)
+LAYERS, HEADS, DIM, TOKENS = 8, 8, 128, 4096
+config = LlamaConfig(num_hidden_layers=LAYERS, hidden_size=HEADS * DIM, num_attention_heads=HEADS,
+                     num_key_value_heads=HEADS, head_dim=DIM)
+rows = torch.randn(1, HEADS, 3000, DIM).bfloat16()
+with DualBladeCache(config, mem_budget="4G", cache_dir=folder, dtype=torch.bfloat16, max_tokens=TOKENS,
+                    batch_size=1, activation_bytes=0, prefetch_depth=1) as cache:
+    def steps(met, most=900):
+        for step in range(most):
+            for layer in range(LAYERS):
+                k, v = cache.update(rows[:, :, step:step + 1], rows[:, :, step:step + 1], layer)
+                if step % 8 == 0:
+                    assert torch.equal(k[:, :, :3000], rows), "a wrong row of K"
+                    assert torch.equal(v[:, :, :3000], rows), "a wrong row of V"
+            if met():
+                return
+        raise SystemExit(json.dumps(governor.report()))
+    for layer in range(LAYERS):
+        cache.update(rows, rows, layer)
+    governor = cache.storage.governor
+    cache.storage.store.flush()
+    limit(usage() - (60 << 20))
+    steps(lambda: governor.report()["demoted_bytes"] >= 50 << 20)
+    cache.crop(3000)
+    limit(4 << 30)
+    steps(lambda: governor.report()["promoted_bytes"] >= 40 << 20)
+    print(json.dumps(cache.report()))
+"""
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A memory cgroup of version 1 of this test's own."""
+    group = Path(f"/sys/fs/cgroup/memory/dualblade-test-{uuid4().hex[:8]}")
+    if not (group.parent / "memory.limit_in_bytes").exists():
+        pytest.skip("need cgroup: there is no memory controller of version 1 here")
+    group.mkdir()
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.needs("root", "uring", "o_direct")
+def test_a_limit_that_falls_and_rises(memory_group: Path, direct_dir: Path) -> None:
+    """A real one, lowered below what the process has by then: nobody is killed, and blocks go and come."""
+    command = [sys.executable, "-c", LIMITED, str(memory_group), str(direct_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    governor = json.loads(done.stdout)["governor"]
+    assert governor["notes"] == []
+    reasons = {move["reason"] for move in governor["moves"] if move["to"] == "direct"}
+    assert all("memory.limit_in_bytes leaves" in reason or "pressure" in reason for reason in reasons)
+    assert list(direct_dir.iterdir()) == []
 
 
 # kills --------------------------------------------------------------------------------------
@@ -347,6 +440,28 @@ def test_a_failing_target_ends_migrations_and_says_so(direct_dir: Path, memory: 
             rows.step()
         (note,) = cache.report()["governor"]["notes"]
         assert "stays where it is: writing layer" in note
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_a_cap_on_writes_ends_moves_and_then_the_run(direct_dir: Path, memory: Memory) -> None:
+    """Never beyond it, on both paths together; what the plan needs is not spent on moves."""
+    settings = CacheSettings.checked(mem_budget="8G", cache_dir=direct_dir, write_cap=21 * MIB)
+    with cache_of(direct_dir, settings=settings) as cache:
+        rows = Rows(cache)
+        rows.step(1500)
+        memory.available = KV_BYTES // 3
+        for _ in range(3 * PATIENCE):
+            rows.step()
+            time.sleep(0.002)
+        assert any("--write-cap" in note for note in cache.report()["governor"]["notes"])
+        rows.step(TOKENS - cache.get_seq_length())
+        assert cache.storage.wear.written <= 21 * MIB
+        cache.crop(1)
+        rows.rows = [row[:, :, :1] for row in rows.rows]
+        with pytest.raises(CapacityError, match="would pass the limit of 21 MiB"):
+            rows.step(TOKENS - 1)
+        paths = cache.report()["paths"]
+        assert sum(path["write_bytes"] for path in paths.values()) <= 22 * MIB  # and the volume's table
 
 
 # settings -----------------------------------------------------------------------------------
