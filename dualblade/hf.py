@@ -122,6 +122,7 @@ class DualBladeCache(Cache):
         checksum: bool = False,
         stream: str = "auto",
         live: bool | None = None,
+        pipeline: str = "adaptive",
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -138,6 +139,7 @@ class DualBladeCache(Cache):
             checksum=checksum,
             stream=stream if streams(config) or stream != "auto" else "never",
             live=live,
+            pipeline=pipeline,
         )
         self.config = config
         self._max_tokens = max_tokens

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dualblade.integrity import Checksums
 from dualblade.layout import Layout
 from dualblade.paths.base import Room, Ticket
+from dualblade.staging import Slot
 from dualblade.tensors import PathKind, TensorSpec
-from spdk_glue import Piece, plain
+from spdk_glue import FileRegion, Piece, plain
 
 
 @dataclass(slots=True)
@@ -47,9 +49,26 @@ class Segment:
 
 
 @dataclass(slots=True)
+class Mapped:
+    """A tensor that lives in one place, head-major, [batch x KV head, capacity, head_dim], and is read there:
+    page-cache memory. slot: stands for all of it."""
+
+    room: Room
+    region: FileRegion
+    slot: Slot
+    capacity: int
+
+    def close(self) -> None:
+        """The memory goes back when nobody has a view of it any more."""
+        self.slot.view = None
+        self.region.close()
+
+
+@dataclass(slots=True)
 class Tensor:
     """tail: the unfinished block, [runs, block_tokens, head_dim]; tail_offset: its byte in the tails'
-    region. checksums: of the blocks on the medium, or None. writes, transfers: under way.
+    region. checksums: of the blocks on the medium, or None. writes, transfers: under way. mapped: instead of
+    segments.
 
     segments: where the blocks are. homes: where they may be on each path, rooms that the tensor keeps.
     clean: blocks whose bytes lie in their direct home too, though it is not where they are. intact: blocks
@@ -68,6 +87,7 @@ class Tensor:
     homes: dict[PathKind, list[Segment]] = field(default_factory=dict)
     clean: set[int] = field(default_factory=set)
     intact: int = 0
+    mapped: Mapped | None = None
 
     @property
     def blocks(self) -> int:
@@ -151,6 +171,13 @@ class Tensor:
             blocks=blocks,
             file=segment.room.file,
         )
+
+    def bytes_on_paths(self) -> Iterator[tuple[PathKind, int]]:
+        """Path and bytes of the blocks on the medium, segment after segment."""
+        for segment in self.segments:
+            blocks = min(self.full, segment.end) - segment.first
+            if blocks > 0:
+                yield segment.room.path, blocks * self.layout.block_bytes
 
     def tail_piece(self, block: int, tails_address: int) -> Piece:
         """Brings a block back to the tail, which has the medium's own layout."""

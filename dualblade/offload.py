@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from dualblade.adaptive import Climb, DriveSetting, StoreShare
 from dualblade.errors import CapacityError
 from dualblade.host.maps import mapped_weights
 from dualblade.host.sysfs import Host
@@ -14,8 +16,10 @@ from dualblade.migration import Migrator
 from dualblade.paths.base import StoragePath, WriteLimit
 from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
+from dualblade.pipeline import STORE_SLOTS, Mode
 from dualblade.planner import BudgetRequest, SegmentPlacer, make_plan
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
+from dualblade.scheduler import Scheduler
 from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
 from dualblade.streamed_store import StreamedStore
@@ -49,6 +53,8 @@ class Offload:
             self._open_paths(grows)
             self.placer = SegmentPlacer(self.plan)
             self.store = self._make_store(specs, device)
+            if settings.live:  # what is read in place stays there
+                self.store.reads_in_place = False
             self.store.place(self.plan.placements)
             if settings.live and specs:
                 self.governor = self._make_governor(host, grows)
@@ -145,9 +151,19 @@ class Offload:
             self.placer,
             slots=plan.pipeline.slots,
             capacity=plan.capacity,
-            prefetch_depth=plan.pipeline.prefetch_depth,
+            scheduler=self._make_scheduler(),
             checksum=self.settings.checksum,
         )
+
+    def _make_scheduler(self) -> Scheduler:
+        """It tunes the direct path's commands, and the stores' share of a streamed run's slots."""
+        pipeline, direct = self.plan.pipeline, self.paths.get(PathKind.DIRECT)
+        made = Scheduler(self.settings.pipeline, pipeline.prefetch_depth)
+        if direct and made.mode is Mode.ADAPTIVE:
+            made.climb = Climb(_drive(direct.queue.options), _drive(direct.queue.limits))
+        if pipeline.chunk_tokens is not None:
+            made.store_share = StoreShare(STORE_SLOTS, STORE_SLOTS, max(STORE_SLOTS, pipeline.slots - 4))
+        return made
 
     def _cached_fds(self) -> list[int]:
         path = self.paths.get(PathKind.PAGE_CACHE)
@@ -212,9 +228,11 @@ class Offload:
         }
         if path is not None:
             stats = path.queue.stats()
-            record["read_bytes"], record["write_bytes"] = stats.read_bytes, stats.write_bytes
-            if stats.read_busy_s:
-                record["read_gib_s"] = stats.read_bytes / GIB / stats.read_busy_s
+            record["read_bytes"] = stats.read_bytes + path.in_place_read
+            record["write_bytes"] = stats.write_bytes + path.in_place_written
+            record["read_in_place_bytes"] = path.in_place_read
+            if reading := stats.read_busy_s + path.in_place_s:
+                record["read_gib_s"] = record["read_bytes"] / GIB / reading
             record |= {"engine": path.queue.engine, "target": path.target}
             if path.queue.reason:
                 record["reason"] = path.queue.reason
@@ -228,7 +246,10 @@ class Offload:
         return {
             "attention": self.plan.pipeline.attention,
             "chunk_tokens": max(self.chunks.values()) if self.chunks else None,
-            "prefetch_depth": self.plan.pipeline.prefetch_depth,
+            "mode": self.store.scheduler.mode.value,
+            "prefetch_depth": self.store.scheduler.depth,
+            "prefetch_depth_limit": self.store.scheduler.limit,
+            "decisions": [asdict(each) for each in self.store.scheduler.decisions],
             "chunk_bytes": options.command_bytes,
             "queue_depth": options.queue_depth,
             "run_bytes": max((layout.run_bytes for layout in self.plan.layouts.values()), default=0),
@@ -247,6 +268,10 @@ class Offload:
             self.store.close()
 
 
+def _drive(options: QueueOptions) -> DriveSetting:
+    return DriveSetting(options.queue_depth, options.command_bytes)
+
+
 def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int) -> BudgetRequest:
     """What of the budget is taken, read off this process. Weights count by their size, whether
     they are anonymous or mapped; what else is anonymous now stays."""
@@ -261,7 +286,7 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         page_cache=settings.page_cache,
         forced=settings.forced,
         policy=settings.policy,
-        prefetch_depth=settings.prefetch_depth,
+        prefetch_depth=settings.prefetch_depth if settings.pipeline.crosses_layers else 0,
         stream=settings.stream,
         live=settings.live,
     )

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
+from dualblade.pipeline import Mode
 from dualblade.planner import DEFAULT_POLICY
 from dualblade.tensors import PathKind
 from dualblade.units import parse_size
 
 KV_PATHS = {"auto": None, "page-cache": PathKind.PAGE_CACHE, "direct": PathKind.DIRECT}
 POLICIES = ("spread", "first-fit")
-DEFAULT_LIVE = True  # but for first-fit, which is the paper's and static
+DEFAULT_LIVE = False
 STREAM = ("auto", "never", "always")
+PIPELINES = tuple(mode.value for mode in Mode)
 
 
 def _size(value: str | int | None, name: str) -> int | None:
@@ -30,8 +32,9 @@ class CacheSettings:
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
     weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
-    its K and V do not fit the budget. live: tensors change paths as the memory changes. write_cap: bytes that
-    may be written in all, or None. governor_trace: a file for the governor's decisions."""
+    its K and V do not fit the budget. pipeline: what may travel while a layer computes. live: tensors change
+    paths as the memory changes. write_cap: bytes that may be written in all, or None. governor_trace: a file
+    for the governor's decisions."""
 
     nvme: str | None
     budget: int
@@ -45,6 +48,7 @@ class CacheSettings:
     prefetch_depth: int | None
     checksum: bool = False
     stream: str = "auto"
+    pipeline: Mode = Mode.ADAPTIVE
     loaded: bool = True
     live: bool = False
     write_cap: int | None = None
@@ -70,6 +74,7 @@ class CacheSettings:
         live: bool | None = None,
         write_cap: str | int | None = None,
         governor_trace: str | Path | None = None,
+        pipeline: str = Mode.ADAPTIVE.value,
     ) -> CacheSettings:
         """Raises UsageError naming the setting that makes no sense."""
         if kv_path not in KV_PATHS:
@@ -85,6 +90,8 @@ class CacheSettings:
             )
         if live is None:
             live = DEFAULT_LIVE and KV_PATHS[kv_path] is None and policy != "first-fit"
+        if pipeline not in PIPELINES:
+            raise UsageError(f"pipeline {pipeline!r} is none of {', '.join(PIPELINES)}")
         budget = _size(mem_budget, "mem_budget")
         if not budget or budget <= 0:
             raise UsageError(f"mem_budget {mem_budget!r} is not a size", "write e.g. 6G")
@@ -104,4 +111,5 @@ class CacheSettings:
             live=live,
             write_cap=_size(write_cap, "write_cap"),
             governor_trace=Path(governor_trace) if governor_trace else None,
+            pipeline=Mode(pipeline),
         )

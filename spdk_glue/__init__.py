@@ -11,7 +11,7 @@ from spdk_glue.errors import (
     why_no_uring,
 )
 from spdk_glue.files import CachedPages, FileFacts, cached_bytes, cached_pages, file_facts, punch
-from spdk_glue.memory import PAGE, Region
+from spdk_glue.memory import PAGE, FileRegion, Region
 from spdk_glue.queue import (
     FLUSH,
     READ,
@@ -30,8 +30,8 @@ from spdk_glue.queue import (
 
 __all__ = [
     "FLUSH", "PAGE", "READ", "TRIM", "WRITE", "CachedPages", "Completion", "Environment", "FileFacts",
-    "GlueError", "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions",
-    "QueueStats", "Region", "TransferError", "TransferTimeout", "cached_bytes", "cached_pages", "engines",
-    "environment", "file_facts", "last_words", "plain", "punch", "spdk_version", "start_environment",
-    "why_no_uring",
+    "FileRegion", "GlueError", "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue",
+    "QueueOptions", "QueueStats", "Region", "TransferError", "TransferTimeout", "cached_bytes",
+    "cached_pages", "engines", "environment", "file_facts", "last_words", "plain", "punch", "spdk_version",
+    "start_environment", "why_no_uring",
 ]  # fmt: skip

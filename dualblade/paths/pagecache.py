@@ -15,7 +15,7 @@ from dualblade.paths.base import Room, StoragePath
 from dualblade.target_files import check_room
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
-from spdk_glue import GlueError, Queue, QueueOptions, file_facts, punch
+from spdk_glue import FileRegion, GlueError, Queue, QueueOptions, file_facts, punch
 
 # Inserting pages is serialised per file, so neighbouring tensors go to different files.
 FILES = 4
@@ -78,6 +78,15 @@ class PageCachePath(StoragePath):
             extent = self._spaces[file].allocate(lbas_for(nbytes))
             rooms.append(Room(key, self.kind, file, extent.offset, nbytes))
         return rooms
+
+    def map(self, room: Room) -> FileRegion:
+        try:
+            return FileRegion(self.fds[room.file], room.offset, room.nbytes)
+        except OSError as error:
+            raise CapacityError(
+                f"{format_size(room.nbytes)} of a file in {self.folder} cannot be mapped: {error.strerror}",
+                "see `ulimit -v`, or keep all on the drive with --kv-path direct",
+            ) from error
 
     def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
         check_room(self.folder, sum(nbytes for _, nbytes in wanted))

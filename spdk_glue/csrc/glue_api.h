@@ -175,6 +175,8 @@ void glue_queue_stats(glue_queue *queue, glue_stats *out);
 int glue_queue_medium(glue_queue *queue, glue_medium *out);
 /* As they are in force: queue_depth and command_bytes. */
 void glue_queue_options(glue_queue *queue, uint32_t *queue_depth, uint32_t *command_bytes);
+/* Other ones from now on, at most those the queue was opened with: 0 or -EINVAL. From any thread. */
+int glue_queue_tune(glue_queue *queue, uint32_t queue_depth, uint32_t command_bytes);
 int glue_queue_fault(glue_queue *queue, const glue_fault *fault);
 /* Gives up on what has not completed. Returns the number of transfers given up: their memory may
  * still be written by the medium, so the caller must keep it. */
@@ -189,5 +191,8 @@ int glue_file_facts_of(int fd, glue_file_facts *out);
 int glue_cached_pages(int fd, glue_cached *out);
 /* Give back a range of the file, its pages and its blocks: it reads as zeros. 0 or -errno. */
 int glue_punch(int fd, uint64_t offset, uint64_t bytes);
+/* Of memory that maps a file: make `runs` ranges present, each `bytes` long, `stride` apart. Returns the bytes
+ * that were not, or -errno: -EIO where the file cannot be read, and a touch would raise SIGBUS. */
+int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);
 
 #endif
