@@ -115,6 +115,7 @@ def cache_of(folder: Path, **options: object) -> DualBladeCache:
         "batch_size": 1,
         "cache_dir": folder,
         "activation_bytes": 0,
+        "live": True,
     }
     return DualBladeCache(CONFIG, **settings | options)
 
@@ -177,7 +178,7 @@ def test_at_rest_while_nothing_changes(rows: Rows, memory: Memory) -> None:
 def test_the_trace_of_a_run_replays(direct_dir: Path, memory: Memory, tmp_path: Path) -> None:
     """Every decision that was made, and some that moved something."""
     trace = tmp_path / "decisions.jsonl"
-    settings = CacheSettings.checked(mem_budget="8G", cache_dir=direct_dir, governor_trace=trace)
+    settings = CacheSettings.checked(mem_budget="8G", cache_dir=direct_dir, live=True, governor_trace=trace)
     with cache_of(direct_dir, settings=settings) as cache:
         rows = Rows(cache)
         rows.step(1500)
@@ -278,6 +279,7 @@ def test_exact_tokens_with_moves_at_any_time(way: Way, known: bool, direct_dir: 
         cache_dir=direct_dir,
         dtype=way.dtype,
         checksum=True,
+        live=True,
         **ends,
     ) as cache:
         moves = []
@@ -318,7 +320,7 @@ LAYERS, HEADS, DIM, TOKENS = 8, 8, 128, 4096
 config = LlamaConfig(num_hidden_layers=LAYERS, hidden_size=HEADS * DIM, num_attention_heads=HEADS,
                      num_key_value_heads=HEADS, head_dim=DIM)
 rows = torch.randn(1, HEADS, 3000, DIM).bfloat16()
-with DualBladeCache(config, mem_budget="4G", cache_dir=folder, dtype=torch.bfloat16, max_tokens=TOKENS,
+with DualBladeCache(config, mem_budget="4G", cache_dir=folder, live=True, dtype=torch.bfloat16, max_tokens=TOKENS,
                     batch_size=1, activation_bytes=0, prefetch_depth=1) as cache:
     def steps(met, most=900):
         for step in range(most):
@@ -377,7 +379,7 @@ from random_moves import RandomMoves
 from transformers import LlamaConfig
 config = LlamaConfig(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, num_key_value_heads=4,
                      head_dim=64)
-cache = DualBladeCache(config, nvme=sys.argv[1], mem_budget="8G", page_cache_budget="3M",
+cache = DualBladeCache(config, nvme=sys.argv[1], mem_budget="8G", page_cache_budget="3M", live=True,
                        cache_dir=sys.argv[2], dtype=torch.bfloat16, max_tokens=4000, batch_size=1)
 moves = RandomMoves(cache.storage.store, seed=1)
 rows = torch.randn(1, 4, 1500, 64).bfloat16()
@@ -445,7 +447,7 @@ def test_a_failing_target_ends_migrations_and_says_so(direct_dir: Path, memory: 
 @pytest.mark.needs("uring", "o_direct")
 def test_a_cap_on_writes_ends_moves_and_then_the_run(direct_dir: Path, memory: Memory) -> None:
     """Never beyond it, on both paths together; what the plan needs is not spent on moves."""
-    settings = CacheSettings.checked(mem_budget="8G", cache_dir=direct_dir, write_cap=21 * MIB)
+    settings = CacheSettings.checked(mem_budget="8G", cache_dir=direct_dir, live=True, write_cap=21 * MIB)
     with cache_of(direct_dir, settings=settings) as cache:
         rows = Rows(cache)
         rows.step(1500)
@@ -471,8 +473,7 @@ def test_which_runs_are_live() -> None:
     def live(**options: object) -> bool:
         return CacheSettings.checked(mem_budget="1G", **options).live
 
-    assert live()
-    assert not live(policy="first-fit")
+    assert not live()
     assert live(policy="first-fit", live=True)
     assert not live(live=False)
     assert not live(kv_path="direct")
