@@ -421,9 +421,9 @@ class KVStore:
         slot = self.load(key)
         with self.failing():
             change(slot.view, tensor.tokens)
+            tensor.changed(0)
             if tensor.mapped:
                 return
-            tensor.changed(0)
             self._write(tensor, slot, 0, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)
 

@@ -22,6 +22,7 @@ from test_streamed_store import Streamed, shape_of
 from dualblade.errors import CapacityError, StorageError
 from dualblade.paths.base import StoragePath, WriteLimit
 from dualblade.paths.direct import DirectPath
+from dualblade.store import KVStore
 from dualblade.targets import open_target, open_volume
 from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import MIB
@@ -34,13 +35,19 @@ OPTIONS = QueueOptions(command_bytes=PAGE, drain_ms=100)
 NO_CHECKS = list(HealthCheck)
 
 
+class Copying(KVStore):
+    """Whose tensors are in blocks on both paths."""
+
+    reads_in_place = False
+
+
 def two_paths(script: MemOptions = MemOptions(latency_us=20, reorder_seed=3)) -> dict:  # noqa: B008
     return {CACHE: DroppingPath(OPTIONS, script), DIRECT: MemPath(OPTIONS, script)}
 
 
 @contextmanager
 def store_with(shape: Shape, paths: dict, placed: bool = True) -> Iterator[Checked]:
-    checked = Checked(make_store(shape, paths, placed), shape)
+    checked = Checked(make_store(shape, paths, placed, kind=Copying), shape)
     try:
         yield checked
     finally:
