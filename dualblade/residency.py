@@ -81,16 +81,21 @@ class MemoryMeter:
     """Keeps the peak of this process's memory, sampled by a thread of its own.
 
     fds: gives the descriptors of our cached files; it is called, and they are looked at, under
-    `closing`. interval_s: seconds between samples; the first is taken by `start`, the last by `stop`.
+    `closing`. observer: is given every sample. interval_s: seconds between samples; the first is taken by `start`, the last by `stop`.
 
     closing: the lock to hold while one of the descriptors is closed and taken off the list, as long as
     the meter runs: a number that was closed and given out again would be another file.
     """
 
     def __init__(
-        self, fds: Callable[[], Iterable[int]] = tuple, interval_s: float = 0.1, host: Host | None = None
+        self,
+        fds: Callable[[], Iterable[int]] = tuple,
+        interval_s: float = 0.1,
+        host: Host | None = None,
+        observer: Callable[[MemorySample], None] = lambda sample: None,
     ):
         self.closing = threading.Lock()
+        self._observer = observer
         self._fds = fds
         self._interval_s = interval_s
         self._host = host or Host()
@@ -115,6 +120,7 @@ class MemoryMeter:
             cached = sum(_cached(fd) for fd in self._fds())
             taken = MemorySample(process.anon, process.shmem, process.swap, process.hugetlb, cached)
             self._peak = max(self._peak, taken, key=lambda sample: sample.total)
+        self._observer(taken)
         return taken
 
     def start(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
+from dualblade.host.budget_cgroup import BudgetCgroup
 from dualblade.planner import DEFAULT_POLICY
 from dualblade.tensors import PathKind
 from dualblade.units import parse_size
@@ -29,7 +30,8 @@ class CacheSettings:
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
     weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
-    its K and V do not fit the budget."""
+    its K and V do not fit the budget. cgroup: the one that holds this process to the budget, None where
+    nothing does; whoever entered it leaves it."""
 
     nvme: str | None
     budget: int
@@ -45,6 +47,7 @@ class CacheSettings:
     stream: str = "auto"
     loaded: bool = True
     timeout_s: float = 60.0
+    cgroup: BudgetCgroup | None = None
 
     @classmethod
     def checked(
