@@ -81,7 +81,8 @@ class MemoryMeter:
     """Keeps the peak of this process's memory, sampled by a thread of its own.
 
     fds: gives the descriptors of our cached files; it is called, and they are looked at, under
-    `closing`. observer: is given every sample. interval_s: seconds between samples; the first is taken by `start`, the last by `stop`.
+    `closing`. observer: is given every sample. interval_s: seconds between samples; the first is taken by
+    `start`, the last by `stop`.
 
     closing: the lock to hold while one of the descriptors is closed and taken off the list, as long as
     the meter runs: a number that was closed and given out again would be another file.

@@ -81,6 +81,17 @@ class BudgetCgroup:
             made.outside_bytes = memory.anon + memory.shmem + memory.swap
         return made
 
+    @classmethod
+    def held_to(cls, budget: int, host: Host | None = None) -> BudgetCgroup:
+        """enter() and limit() as one, which happens or does not. Raises EnforcementError."""
+        made = cls.enter(host)
+        try:
+            made.limit(budget)
+        except BaseException:
+            made.leave()
+            raise
+        return made
+
     # the limit ------------------------------------------------------------------------------
 
     def limit(self, budget: int) -> None:
@@ -308,9 +319,7 @@ def _go_back(host: Host, way: Way, own: OwnCgroup) -> None:
 def _others(host: Host, parent: str, own: str) -> bool:
     """Whether `parent` has cgroups beside `own`, which may need its memory controller."""
     mine = own.rpartition("/")[2]
-    return any(
-        host.exists(f"{parent}/{name}/cgroup.procs") for name in host.names(parent) if name != mine
-    )
+    return any(host.exists(f"{parent}/{name}/cgroup.procs") for name in host.names(parent) if name != mine)
 
 
 def clear_leftovers(host: Host, parent: str) -> list[str]:

@@ -63,9 +63,7 @@ def _v2_way(host: Host, own: OwnCgroup) -> Way:
     reasons = [_against_child(host, own, top), _against_sibling(host, own)]
     if reasons[0] is None:
         enable = "memory" not in _words(host, f"{own.directory}/cgroup.subtree_control")
-        return Way(
-            own, own.directory, "a v2 cgroup below its former one", enable, disable=enable and not top
-        )
+        return Way(own, own.directory, "a v2 cgroup below its former one", enable, disable=enable and not top)
     if reasons[1] is None:
         return Way(own, _parent(own), "a v2 cgroup beside its former one")
     raise EnforcementError(f"{reasons[0]}, and {reasons[1]}", _v2_hint(host, own))
