@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
-from dualblade.host.cgroup import memory_cgroups, tightest
+from dualblade.host.cgroup import CgroupLevel, is_ours, memory_cgroups, tightest
 from dualblade.host.meminfo import machine_memory, process_memory
 from dualblade.host.sysfs import Host
 from spdk_glue import GlueError, cached_bytes
@@ -20,7 +20,7 @@ class MemorySnapshot:
     """One moment, in bytes.
 
     total, available: of the machine. cgroup_headroom: what the tightest memory cgroup still takes,
-    None without a limit; cgroup_limit: the file that sets it. process_anon: anonymous and shared
+    None without a limit; cgroup_limit: what sets it, for people. process_anon: anonymous and shared
     memory of this process, swapped-out parts included. process_hugetlb: hugepages it holds.
     cached: pages of our own files; `available` and the cgroup's headroom count them as free.
     """
@@ -55,11 +55,15 @@ def take_snapshot(host: Host, cached_fds: Iterable[int] = ()) -> MemorySnapshot:
         total=machine.total,
         available=machine.available,
         cgroup_headroom=level.headroom if level else None,
-        cgroup_limit=f"{level.path}/{level.limit_file}" if level else None,
+        cgroup_limit=_limit_words(level) if level else None,
         process_anon=process.anon + process.shmem + process.swap,
         process_hugetlb=process.hugetlb,
         cached=sum(cached_bytes(fd) for fd in cached_fds),
     )
+
+
+def _limit_words(level: CgroupLevel) -> str:
+    return "the cgroup of --enforce" if is_ours(level.path) else f"{level.path}/{level.limit_file}"
 
 
 @dataclass(frozen=True, slots=True)

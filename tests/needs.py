@@ -135,6 +135,19 @@ def _hugepage_pool() -> str | None:
     return None
 
 
+def _cgroup_v1() -> str | None:
+    """A v1 memory cgroup that this process may divide."""
+    from dualblade.errors import DualBladeError
+    from dualblade.host.enforce import find_way
+    from dualblade.host.sysfs import Host
+
+    try:
+        version = find_way(Host()).own.version
+    except DualBladeError as error:
+        return error.message
+    return None if version == 1 else f"the memory cgroups of this machine are v{version}"
+
+
 def _loop() -> str | None:
     """Can a file be made a block device?"""
     if os.geteuid() != 0:
@@ -179,6 +192,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "hugepages": _hugepages,
     "hugepage_pool": _hugepage_pool,
+    "cgroup_v1": _cgroup_v1,
     "loop": _loop,
     "nvmf_tgt": _nvmf_tgt,
     "spdk": _spdk,
