@@ -126,6 +126,7 @@ class DualBladeCache(Cache):
         checksum: bool = False,
         stream: str = "auto",
         enforce: bool = False,
+        pipeline: str = "adaptive",
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -141,6 +142,7 @@ class DualBladeCache(Cache):
             prefetch_depth=prefetch_depth,
             checksum=checksum,
             stream=stream if streams(config) or stream != "auto" else "never",
+            pipeline=pipeline,
         )
         self.config = config
         self._max_tokens = max_tokens
