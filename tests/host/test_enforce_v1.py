@@ -123,7 +123,10 @@ from dualblade.host.meminfo import process_memory
 from dualblade.host.sysfs import Host
 with BudgetCgroup.held_to(int(sys.argv[1])) as group:
     limits = [group.limit_bytes]
-    pages = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)
+    try:
+        pages = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)
+    except OSError:
+        sys.exit(77)
     pages[:] = bytes(len(pages))
     group.follow(process_memory(Host()))
     limits.append(group.limit_bytes)
@@ -150,6 +153,8 @@ def test_hugepages_come_off_the_limit_and_onto_the_peak(cgroup: Path, hugepages:
     """They are of the budget, and no memory cgroup is charged with them."""
     with start(cgroup, "-c", HUGE, BUDGET) as process:
         out, err = process.communicate()
+    if process.returncode == 77:
+        pytest.skip("somebody else has changed the pool of hugepages meanwhile")
     assert process.returncode == 0, err
     record = json.loads(out)
     before, after = record["limits"]
