@@ -170,6 +170,13 @@ def _program(name: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"{name} is not in PATH"
 
 
+def _systemd() -> str | None:
+    """Its programs, which need not be this machine's first process."""
+    if not Path("/lib/systemd/systemd").exists():
+        return "/lib/systemd/systemd is not here"
+    return _program("systemd-run")()
+
+
 def _qemu() -> str | None:
     """QEMU, and the kernel that scripts/setup_qemu.sh fetches."""
     if platform.machine() != "x86_64":
@@ -196,6 +203,7 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "loop": _loop,
     "nvmf_tgt": _nvmf_tgt,
     "spdk": _spdk,
+    "systemd": _systemd,
     "qemu": _qemu,
     "gpu": _gpu,
 }

@@ -41,13 +41,22 @@ def find_way(host: Host) -> Way:
             "no memory cgroup is over this process", "boot the kernel with cgroup_enable=memory"
         )
     if _made_for_this_process(own):
-        return Way(own, None, "a systemd scope of its own")
+        return _scope_way(host, own)
     return _v1_way(host, own) if own.version == 1 else _v2_way(host, own)
 
 
 def _made_for_this_process(own: OwnCgroup) -> bool:
     match = OURS.fullmatch(own.directory.rpartition("/")[2])
     return match is not None and int(match[1]) == os.getpid()
+
+
+def _scope_way(host: Host, own: OwnCgroup) -> Way:
+    if "memory" not in _words(host, f"{own.directory}/cgroup.controllers"):
+        raise EnforcementError(
+            "the scope that systemd made has no memory controller",
+            "let systemd pass it on: Delegate=memory pids in a drop-in for user@.service",
+        )
+    return Way(own, None, "a systemd scope of its own")
 
 
 def _v1_way(host: Host, own: OwnCgroup) -> Way:
@@ -58,7 +67,7 @@ def _v1_way(host: Host, own: OwnCgroup) -> Way:
 
 def _v2_way(host: Host, own: OwnCgroup) -> Way:
     """Below the own cgroup where no other process is in it, or it is the top, which may hold both; else
-    beside it, where it sets no limit that would be escaped."""
+    beside it, where no systemd rules and it sets no limit that would be escaped."""
     top = is_top(host, 2, own.directory)
     reasons = [_against_child(host, own, top), _against_sibling(host, own)]
     if reasons[0] is None:
@@ -84,6 +93,8 @@ def _against_child(host: Host, own: OwnCgroup, top: bool) -> str | None:
 
 def _against_sibling(host: Host, own: OwnCgroup) -> str | None:
     """Why no cgroup can be made beside the own one, or None."""
+    if host.exists(SYSTEMD):
+        return "beside it only systemd makes cgroups"
     if own.directory == own.top:
         return "what is above it is not to be seen"
     parent = _parent(own)
