@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.needs("cgroup_v1")]
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 MIB = 1 << 20
-BUDGET = 416 * MIB
-ABOVE = 640 * MIB  # what the run and the hog have together
-HOG_MOST = 240 * MIB  # beside the anonymous memory of the run there is room for it, beside its cache not
+BUDGET = 384 * MIB
+ABOVE = 560 * MIB  # what the run and the hog have together
+HOG_MOST = 230 * MIB  # beside the anonymous memory of the run there is room for it, beside its cache not
 WORKER = Path(__file__).with_name("memory_worker.py")
 HOG = """
 import mmap, random, sys, time

@@ -184,6 +184,21 @@ def test_v2_refusals_say_why(kernel, change: Callable[[Kernel], object], reason:
         find_way(host)
 
 
+def test_v2_beside_the_own_is_systemds_business_where_it_runs(kernel) -> None:
+    host = v2_machine(kernel, procs=f"{PID}\n77")
+    host.path(enforce.SYSTEMD).mkdir(parents=True)
+    with pytest.raises(EnforcementError, match="only systemd makes cgroups"):
+        find_way(host)
+
+
+def test_a_scope_without_a_memory_controller_is_refused(kernel) -> None:
+    host = kernel(2, f"/user/dualblade-{PID}.scope")
+    host.cgroup(f"{TOP}/user/dualblade-{PID}.scope", controllers="pids", procs=str(PID))
+    with pytest.raises(EnforcementError, match="no memory controller") as caught:
+        find_way(host)
+    assert "Delegate=memory" in str(caught.value.hint)
+
+
 def test_hints_are_for_the_user_who_asks(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     host = v2_machine(kernel, procs=f"{PID}\n77")
     host.locked.update({f"{TOP}/app", f"{TOP}/app/shell"})
