@@ -39,18 +39,18 @@ def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
     return dict(json.loads(out))
 
 
-def cgroups_here() -> set[Path]:
+def cgroup_of(process: subprocess.Popen[str]) -> Path:
     own = own_cgroup(Host())
     assert own is not None
-    return set(Path(own.directory).glob("dualblade-*"))
+    return Path(own.directory) / f"dualblade-{process.pid}"
 
 
 @pytest.mark.needs("cgroup_v1")
 def test_a_tight_budget_is_kept_and_every_token_is_right(direct_dir: Path) -> None:
     """KV beyond the share, the page cache full to the brim, and the cgroup's own count of it."""
     budget = 400 * MIB
-    before = cgroups_here()
-    record = finished(start(direct_dir, *LONG, "--mem-budget", "400M", "--verify"))
+    process = start(direct_dir, *LONG, "--mem-budget", "400M", "--verify")
+    record = finished(process)
     memory, cgroup = record["memory"], record["memory"]["cgroup"]
     assert record["verified"] is True
     assert all(path["bytes"] for path in record["paths"].values())  # both paths are in use
@@ -62,7 +62,7 @@ def test_a_tight_budget_is_kept_and_every_token_is_right(direct_dir: Path) -> No
     assert memory["peak_bytes"] <= budget
     assert cgroup["peak_bytes"] > 0.7 * budget  # what is charged to it is this run
     assert cgroup["oom_kills"] == 0
-    assert cgroups_here() == before
+    assert not cgroup_of(process).exists()
 
 
 @pytest.mark.needs("cgroup_v1")
@@ -78,9 +78,7 @@ def test_a_budget_that_is_too_small_is_refused_in_words(direct_dir: Path) -> Non
 @pytest.mark.needs("cgroup_v1")
 def test_an_interrupt_leaves_no_cgroup(direct_dir: Path) -> None:
     process = start(direct_dir, *LONG, "--mem-budget", "1G")
-    own = own_cgroup(Host())
-    assert own is not None
-    made = Path(own.directory) / f"dualblade-{process.pid}"
+    made = cgroup_of(process)
     give_up = time.monotonic() + 60
     while not made.exists():
         assert time.monotonic() < give_up
