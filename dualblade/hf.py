@@ -101,7 +101,8 @@ class DualBladeCache(Cache):
     one layer's K and V do not fit the budget, "never" or "always"; it takes a model that was built with
     attn_implementation="dualblade", and "auto" is "never" for any other. enforce: put the process in a
     memory cgroup of mem_budget until the cache is closed; where that cannot be, a RuntimeWarning says why,
-    and the budget is kept by planning. settings: all of these at once,
+    and the budget is kept by planning. live: tensors change paths as the memory changes; None: as the
+    policy has it. settings: all of these at once,
     already checked.
 
     Raises UsageError, ConfigError, BudgetError, TargetError, CapacityError.
@@ -127,6 +128,7 @@ class DualBladeCache(Cache):
         stream: str = "auto",
         enforce: bool = False,
         pipeline: str = "adaptive",
+        live: bool | None = None,
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -143,6 +145,7 @@ class DualBladeCache(Cache):
             checksum=checksum,
             stream=stream if streams(config) or stream != "auto" else "never",
             pipeline=pipeline,
+            live=live,
         )
         self.config = config
         self._max_tokens = max_tokens
