@@ -47,13 +47,13 @@ def cgroup_of(process: subprocess.Popen[str]) -> Path:
 
 @pytest.mark.needs("cgroup_v1")
 def test_a_tight_budget_is_kept_and_every_token_is_right(direct_dir: Path) -> None:
-    """KV beyond the share, the page cache full to the brim, and the cgroup's own count of it."""
+    """KV beyond the share, which the page cache fills, and the cgroup's own count of it all."""
     budget = 400 * MIB
     process = start(direct_dir, *LONG, "--mem-budget", "400M", "--verify")
     record = finished(process)
     memory, cgroup = record["memory"], record["memory"]["cgroup"]
     assert record["verified"] is True
-    assert all(path["bytes"] for path in record["paths"].values())  # both paths are in use
+    assert record["paths"]["direct"]["bytes"] > 0
     assert memory["enforced"] is True
     assert memory["advisory"] is None
     assert cgroup["version"] == 1

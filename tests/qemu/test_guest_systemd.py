@@ -60,24 +60,28 @@ class Systemd:
         Path("/run/systemd").mkdir(exist_ok=True)
         with (folder / "log").open("wb") as log:
             self._unshare = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
-        (self._folder / "first").write_text("")
         wait_until("systemd answers", self._answers, 90)
 
     def _answers(self) -> bool:
+        """Not before it is in namespaces of its own: until then systemctl says "offline"."""
         assert self._unshare.poll() is None, (self._folder / "log").read_text()
-        return bool(self._children()) and self.run("systemctl", "is-system-running").stdout != ""
+        said = self._call("systemctl", "is-system-running").stdout.strip() if self._children() else ""
+        return said in ("starting", "running", "degraded")
 
     def _children(self) -> str:
         return Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text().strip()
+
+    def _call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["nsenter", "-t", self._children(), "-p", "-m", "-C", *words],
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
         """As from a login: in a cgroup with the shell."""
         at = "/sys/fs/cgroup/session"
         login = f'mkdir -p {at} && echo $$ >{at}/cgroup.procs && "$@"; exit $?'
-        return subprocess.run(
-            ["nsenter", "-t", self._children(), "-p", "-m", "-C", "sh", "-c", login, "sh", *map(str, words)],
-            capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
+        return self._call("sh", "-c", login, "sh", *map(str, words))
 
     def stop(self) -> None:
         self._unshare.send_signal(signal.SIGKILL)
