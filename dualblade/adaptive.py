@@ -13,7 +13,8 @@ from statistics import median
 
 from dualblade.units import KIB, MIB, format_size
 
-CYCLES = 4  # a step that is played through follows these many, as it does in the middle of a generation
+CYCLES = 6  # steps that are played through; the first ones only bring the paths into their rhythm
+WARM_CYCLES = 3
 ENOUGH = 1.01  # a shorter distance that takes at most this much of the best one's time
 WORTH = 1.03  # a change has to gain this much
 TRIAL_STEPS = 2  # with every setting of the drive
@@ -42,7 +43,7 @@ def step_seconds(layers: Sequence[LayerTimes], depth: int, chunks: int = 1) -> f
     copy_free = now = before = 0.0
     asked = 0
     for at in range(CYCLES * count):
-        if at == (CYCLES - 1) * count:
+        if at == WARM_CYCLES * count:
             before = now
         for ahead in range(asked, min(at + depth + 1, len(copied))):
             layer = layers[ahead % count]
@@ -55,7 +56,7 @@ def step_seconds(layers: Sequence[LayerTimes], depth: int, chunks: int = 1) -> f
             copied[ahead] = copy_free if layer.copy else loaded
             asked = ahead + 1
         now = max(now, copied[at]) + layers[at % count].compute
-    return now - before
+    return (now - before) / (CYCLES - WARM_CYCLES)
 
 
 def best_depth(layers: Sequence[LayerTimes], limit: int, current: int, chunks: int = 1) -> int:
