@@ -8,7 +8,7 @@
 
 #include "queue.h"
 
-enum { EVENTS = 64 };
+enum { EVENTS = 64, HELD_NS = 50000 };
 
 static uint64_t piece_bytes(const glue_piece *piece)
 {
@@ -129,6 +129,8 @@ static void cut_command(glue_queue *queue, struct transfer *transfer, struct com
         return;
     }
     command->offset = medium_offset(piece, transfer);
+    command->piece = begun;
+    command->begin = command->offset - piece->offset;
     while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->options.command_bytes) {
         uint64_t left = piece->run_bytes - transfer->in_run;
         uint64_t room = queue->options.command_bytes - command->bytes;
@@ -154,8 +156,25 @@ static void fail_transfer(struct transfer *transfer, const struct command *comma
     transfer->done.sc = event->sc;
 }
 
+static void fail_copies(struct transfer *transfer, int error)
+{
+    transfer->cut_all = 1;
+    if (transfer->done.result < 0)
+        return;
+    transfer->done.result = error;
+    transfer->done.device_error = copies_error(transfer->copies);
+}
+
+static void end_copies(struct transfer *transfer)
+{
+    int error = transfer->copies ? copies_end(transfer->copies) : 0;
+    if (error)
+        fail_copies(transfer, error);
+}
+
 static void finish_transfer(glue_queue *queue, struct transfer *transfer)
 {
+    end_copies(transfer);
     for (struct transfer *later = transfer->next; later; later = later->next)
         later->waits_for -= (uint32_t)must_wait(transfer, later);
     list_remove(&queue->active, transfer);
@@ -208,12 +227,25 @@ static void cut_and_start(glue_queue *queue, struct transfer *transfer)
     }
 }
 
+/* 0 where it waits for a device, or will never start. */
+static int may_start(glue_queue *queue, struct transfer *transfer)
+{
+    int may = transfer->copies ? copies_may_start(transfer->copies) : 1;
+    if (may < 0) {
+        fail_copies(transfer, may);
+        finish_transfer(queue, transfer);
+    }
+    queue->held |= !may;
+    return may > 0;
+}
+
 static void start_ready(glue_queue *queue)
 {
+    queue->held = 0;
     struct transfer *next;
     for (struct transfer *transfer = queue->active.first; transfer && queue->free_commands; transfer = next) {
         next = transfer->next;
-        if (!transfer->waits_for && !transfer->cut_all)
+        if (!transfer->waits_for && !transfer->cut_all && may_start(queue, transfer))
             cut_and_start(queue, transfer);
     }
 }
@@ -237,6 +269,20 @@ static void advance(struct command *command, uint64_t moved)
     }
 }
 
+/* What has arrived goes on to the device at once. */
+static void start_copies(const glue_queue *queue, struct transfer *transfer, const struct command *command)
+{
+    if (!transfer->copies || queue->draining)
+        return;
+    const glue_piece *piece = &transfer->pieces[command->piece];
+    int error = copies_start(transfer->copies, piece, command->piece, command->begin, command->moved);
+    if (!error)
+        return;
+    fail_copies(transfer, error);
+    transfer->done.offset = piece->offset + command->begin;
+    transfer->done.file = piece->file;
+}
+
 static void handle_event(glue_queue *queue, struct event *event)
 {
     struct command *command = event->command;
@@ -255,8 +301,10 @@ static void handle_event(glue_queue *queue, struct event *event)
         start_command(queue, command);
         return;
     }
-    if (transfer->done.result >= 0)
+    if (transfer->done.result >= 0) {
         transfer->done.result += (int64_t)command->moved;
+        start_copies(queue, transfer, command);
+    }
     busy_end(queue, command->op, command->moved);
     release_command(queue, command);
 }
@@ -320,6 +368,7 @@ static void announce(glue_queue *queue, int failed)
 static void drain(glue_queue *queue)
 {
     uint64_t deadline = clock_ns() + queue->options.drain_ms * 1000000ull;
+    queue->draining = 1;
     for (struct transfer *transfer = queue->active.first; transfer; transfer = transfer->next)
         transfer->cut_all = 1;
     while (queue->in_flight && clock_ns() < deadline)
@@ -363,7 +412,7 @@ void *io_thread(void *argument)
     }
     while (open && !take_incoming(queue)) {
         start_ready(queue);
-        int failed = collect(queue, -1);
+        int failed = collect(queue, queue->held ? HELD_NS : -1);
         if (failed) {
             announce(queue, failed);
             break;

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "copies.h"
 #include "engine.h"
 
 struct transfer {
@@ -19,6 +20,7 @@ struct transfer {
     uint64_t in_run;
     int cut_all;
     uint32_t in_flight;
+    struct copies *copies; /* what ties it to a device, or NULL */
     glue_completion done;
 };
 
@@ -52,6 +54,8 @@ struct glue_queue {
     uint32_t in_flight, reads_in_flight, writes_in_flight;
     uint64_t busy_since, read_since, write_since;
     int given_up;
+    int held;     /* a transfer waits for an event of a device, which wakes nobody */
+    int draining; /* what arrives from here on is nobody's */
 };
 
 void *io_thread(void *queue);
