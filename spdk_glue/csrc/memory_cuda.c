@@ -78,6 +78,7 @@ int glue_copier_register(glue_copier *copier, uint64_t address, uint64_t bytes, 
     int error = copier_enter(copier);
     if (error)
         return error;
+    uint32_t before = copier->num_ranges;
     for (uint64_t at = 0; at < bytes && !error; at += chunk) {
         uint64_t left = bytes - at;
         error = add_range(copier, (struct range){address + at, left < chunk ? left : chunk, address});
@@ -85,7 +86,8 @@ int glue_copier_register(glue_copier *copier, uint64_t address, uint64_t bytes, 
     if (error) {
         char why[160];
         snprintf(why, sizeof why, "%s", glue_copier_error());
-        copier_unpin(copier, address, 0);
+        while (copier->num_ranges > before)
+            copier->driver.host_unregister((void *)(uintptr_t)copier->ranges[--copier->num_ranges].address);
         cuda_explain(why);
     }
     copier_leave(copier);

@@ -30,6 +30,7 @@ struct cu_event_st {
     uint64_t recorded, completed; /* versions: of the last record that was asked for, and that is done */
     unsigned waiters;             /* operations that name it */
     int destroyed;
+    cu_event next, prev; /* of all: what its owner keeps for ever is no leak */
 };
 
 struct operation {
@@ -59,6 +60,7 @@ static uint64_t copies, copied_bytes, copy_delay_ns, copy_jitter_ns;
 static char failing[64];
 static int fail_skip, fail_count, fail_code;
 static struct cu_stream_st default_stream;
+static struct cu_event_st all_events;
 static __thread int depth;
 
 static void die(const char *text, ...)
@@ -224,10 +226,18 @@ static void run_copy(struct cu_stream_st *stream, const cu_copy_2d *copy)
     check_copy("at the end of", copy);
 }
 
+static void free_event(cu_event event)
+{
+    event->prev->next = event->next;
+    if (event->next)
+        event->next->prev = event->prev;
+    free(event);
+}
+
 static void forget_waiter(cu_event event)
 {
     if (!--event->waiters && event->destroyed)
-        free(event);
+        free_event(event);
 }
 
 static void run_operation(struct cu_stream_st *stream, struct operation *operation)
@@ -532,6 +542,11 @@ API cu_result cuEventCreate(cu_event *event, unsigned flags)
     if (!result) {
         *event = calloc(1, sizeof **event);
         (*event)->magic = MAGIC_EVENT;
+        (*event)->next = all_events.next;
+        (*event)->prev = &all_events;
+        if (all_events.next)
+            all_events.next->prev = *event;
+        all_events.next = *event;
         live_events++;
     }
     return leave(result);
@@ -545,7 +560,7 @@ API cu_result cuEventDestroy_v2(cu_event event)
         event->destroyed = 1;
         live_events--;
         if (!event->waiters)
-            free(event);
+            free_event(event);
     }
     return leave(result);
 }
