@@ -18,7 +18,7 @@ from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.trace import Trace
 from dualblade.units import MIB
-from spdk_glue import PAGE, READ, WRITE, Region
+from spdk_glue import PAGE, READ, WRITE, Piece, Region
 
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
@@ -26,6 +26,13 @@ LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this,
 class Device(Protocol):
     """What the store asks of a device (see device.py)."""
 
+    def adopt(self, region: Region, unit: int) -> None: ...
+    def forget(self, region: Region) -> None: ...
+    def close(self) -> bool: ...
+    def move(
+        self, path: StoragePath, op: int, key: TensorKey, pieces: Sequence[Piece], slot: Slot | None
+    ) -> Ticket: ...
+    def bring(self, pieces: Sequence[Piece]) -> None: ...
     def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> Any: ...
     def copy_rows(self, source: Any, start: int, out: Any, at: int, count: int) -> None: ...
     def write_rows(self, rows: Any, out: Any, at: int, start: int = 0, count: int | None = None) -> None: ...
@@ -85,6 +92,7 @@ class KVStore:
     ) -> tuple[Region, dict[TensorKey, Tensor]]:
         nbytes = max(PAGE, sum(layouts[spec.key].block_bytes for spec in specs))
         region = Region(nbytes, hugepages=False, of_env=self._of_env)
+        self.device.adopt(region, region.size)
         tensors, offset = {}, 0
         for spec in specs:
             layout = layouts[spec.key]
@@ -99,6 +107,7 @@ class KVStore:
         self.capacity = max((layout.capacity_for(capacity) for layout in layouts), default=0)
         slot_bytes = max((layout.slot_bytes(self.capacity) for layout in layouts), default=0)
         self.pool = SlotPool(self._slots, slot_bytes, self._of_env)
+        self.device.adopt(self.pool.region, max(PAGE, self.pool.slot_bytes))
         for path in self.paths.values():
             path.register(self.pool.region)
 
@@ -209,7 +218,8 @@ class KVStore:
     def _transfers(self, op: int, tensor: Tensor, slot: Slot, first: int, end: int) -> list[Ticket]:
         """Move blocks [first, end) between the slot and their rooms: one transfer a path."""
         pieces = tensor.pieces(slot.address, self.capacity, first, end)
-        return [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+        move, key = self.device.move, tensor.spec.key
+        return [move(self.paths[kind], op, key, parts, slot) for kind, parts in pieces.items()]
 
     def _await(self, tensor: Tensor, slot: Slot) -> None:
         """The slot is filled, and everything written before it really reached the medium."""
@@ -261,10 +271,16 @@ class KVStore:
 
     def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
         if tensor.checksums:
+            self._bring(tensor, slot.address, first, end)
             tensor.checksums.remember(self.pool.rows(slot), tensor.head_stride(self.capacity), first, end)
         tickets = self._transfers(WRITE, tensor, slot, first, end)
         slot.drains += tickets
         tensor.writes += tickets
+
+    def _bring(self, tensor: Tensor, address: int, first: int, end: int) -> None:
+        """Blocks [first, end) are in host memory afterwards."""
+        for pieces in tensor.pieces(address, self.capacity, first, end).values():
+            self.device.bring(pieces)
 
     def _keep_tail(self, tensor: Tensor, slot: Slot, count: int) -> None:
         block = tensor.full * tensor.layout.block_tokens
@@ -290,6 +306,7 @@ class KVStore:
         self.pool.drain()
         for path in self.paths.values():
             path.queue.unregister(self.pool.region)
+        self.device.forget(self.pool.region)
         self.pool.region.close()
         self._make_pool(max(tokens, 2 * self.capacity))
 
@@ -310,7 +327,8 @@ class KVStore:
 
     def _read_tail(self, tensor: Tensor, block: int) -> None:
         path = self.paths[tensor.segment_of(block).room.path]
-        path.transfer(READ, tensor.spec.key, [tensor.tail_piece(block, self._tails.address)]).wait()
+        pieces = [tensor.tail_piece(block, self._tails.address)]
+        self.device.move(path, READ, tensor.spec.key, pieces, None).wait()
         if tensor.checksums:
             rows = self._tails.buffer(tensor.tail_offset, tensor.layout.block_bytes)
             tensor.checksums.verify(rows, tensor.layout.run_bytes, 1, tensor.offset_of, first=block)
@@ -369,6 +387,7 @@ class KVStore:
             except DualBladeError as error:
                 given_up += 1
                 self.failure = self.failure or error
+        given_up += not self.device.close()
         for region in (self.pool.region, self._tails):
             region.abandon() if given_up else region.close()
         if self.failure is not trouble:

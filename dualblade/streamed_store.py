@@ -159,7 +159,8 @@ class StreamedStore(KVStore):
         """Move blocks [first, end) between their rooms and a slot that begins with block `origin`."""
         address = slot.address - origin * tensor.layout.run_bytes
         pieces = tensor.pieces(address, self.capacity, first, end)
-        return [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+        move, key = self.device.move, tensor.spec.key
+        return [move(self.paths[kind], op, key, parts, slot) for kind, parts in pieces.items()]
 
     def _await_chunk(self, tensor: Tensor, slot: Slot, chunk: _Chunk) -> None:
         begun = time.perf_counter()
@@ -287,6 +288,7 @@ class StreamedStore(KVStore):
         """The slot holds blocks [first, end), and goes back to the pool when they are written."""
         if tensor.checksums:
             stride = tensor.head_stride(self.capacity)
+            self._bring(tensor, slot.address - first * tensor.layout.run_bytes, first, end)
             tensor.checksums.remember(self.pool.rows(slot), stride, first, end, origin=first)
         tickets = self._move(WRITE, tensor, slot, first, first, end)
         slot.drains += tickets

@@ -384,6 +384,11 @@ class Queue:
         return medium is not None and not medium.any_memory
 
     @property
+    def moves_bytes(self) -> bool:
+        """What completes has been read or written."""
+        return self.engine != "null"
+
+    @property
     def polls(self) -> bool:
         """The I/O thread keeps a CPU busy while transfers are under way."""
         return self.engine == "spdk"

@@ -12,6 +12,7 @@ import signal
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
@@ -127,3 +128,24 @@ def direct_dir(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     if reason := needs.direct_problem(tmp_path):
         missing(request.config, "o_direct", reason)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulated CUDA driver."""
+    from emulated_cuda import build
+
+    return build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def cuda(cuda_library: Path) -> Generator[Any, None, None]:
+    """The emulated driver with a context and a compute stream, which must be left as they were found."""
+    from emulated_cuda import Driver
+
+    driver = Driver(cuda_library)
+    yield driver
+    driver.script()
+    driver.close()
+    left = {name: count for name, count in driver.counts().items() if not name.startswith("copie")}
+    assert not any(left.values()), f"left behind: {left}"

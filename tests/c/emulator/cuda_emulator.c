@@ -143,6 +143,33 @@ API void emu_counts(uint64_t out[7])
     pthread_mutex_unlock(&lock);
 }
 
+struct snapshot {
+    const void *from;
+    void *to;
+    size_t bytes;
+    useconds_t delay_us;
+};
+
+static void take_snapshot(void *argument)
+{
+    struct snapshot *snapshot = argument;
+    usleep(snapshot->delay_us);
+    memcpy(snapshot->to, snapshot->from, snapshot->bytes);
+    free(snapshot);
+}
+
+static void put_snapshot(struct cu_stream_st *stream, struct snapshot *snapshot);
+
+/* A kernel that takes its time, and then copies device memory to where the test looks at it. */
+API void emu_snapshot(cu_stream stream, const void *from, void *to, size_t bytes, uint32_t delay_us)
+{
+    struct snapshot *snapshot = malloc(sizeof *snapshot);
+    *snapshot = (struct snapshot){from, to, bytes, delay_us};
+    pthread_mutex_lock(&lock);
+    put_snapshot(stream, snapshot);
+    pthread_mutex_unlock(&lock);
+}
+
 /* ranges ----------------------------------------------------------------------------------------- */
 
 static int inside(const struct range *ranges, unsigned count, uint64_t begin, uint64_t end)
@@ -313,6 +340,11 @@ static void append(struct cu_stream_st *stream, struct operation operation)
         stream->first = made;
     stream->last = made;
     pthread_cond_broadcast(&changed);
+}
+
+static void put_snapshot(struct cu_stream_st *stream, struct snapshot *snapshot)
+{
+    append(stream, (struct operation){.kind = CALL, .function = take_snapshot, .argument = snapshot});
 }
 
 /* What is on the list, and what waits for it, is not worked off any more. */
