@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from spdk_glue._ffi import ffi, lib
-from spdk_glue.cuda import Copier, Copies, Event
+from spdk_glue.cuda import Copier, Copies, Event, last_error
 from spdk_glue.env import first_words, take_log
 from spdk_glue.errors import (
     Completion,
@@ -237,7 +237,10 @@ class Queue:
         Raises GlueError."""
         c_pieces = ffi.new("glue_piece[]", [(*piece, 0) for piece in pieces])
         tag = self._next_tag
-        if not check(self._submit(op, tag, c_pieces, len(pieces), copies, after), "submit"):
+        result = self._submit(op, tag, c_pieces, len(pieces), copies, after)
+        if result < 0 and self._copier is not None and (reason := last_error()):
+            raise GlueError(-result, f"submit: {reason}")
+        if not check(result, "submit"):
             return None
         self._next_tag += 1
         self._waiting.add(tag)

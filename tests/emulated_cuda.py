@@ -20,6 +20,7 @@ from spdk_glue import Copier
 ROOT = Path(__file__).parents[1]
 COUNTS = ("events", "streams", "pinned", "allocated", "contexts", "copies", "copied_bytes")
 ILLEGAL_ADDRESS = 700
+VIEWS = {"__getitem__", "__get__", "view", "data_ptr", "numel", "element_size", "is_contiguous"}  # no kernels
 ffi = FFI()
 ffi.cdef("""
     void emu_set(uint64_t delay_us, uint64_t jitter_us, int integrated);
@@ -126,7 +127,8 @@ class InOrder(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.driver.synchronize()
+        if getattr(func, "__name__", "") not in VIEWS:
+            cls.driver.synchronize()
         return super().__torch_function__(func, types, args, kwargs or {})
 
 

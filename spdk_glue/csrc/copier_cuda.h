@@ -62,7 +62,8 @@ int copier_drain(glue_copier *copier, uint32_t timeout_ms);
 /* The following want the lock. */
 /* Those registered at `of`, or all. Those that the driver keeps stay. */
 int copier_unpin(glue_copier *copier, uint64_t of, int all);
-int copier_holds(const glue_copier *copier, const glue_piece *piece);
+/* 0, or -EFAULT where the piece is not in one chunk of registered memory. */
+int copier_check(const glue_copier *copier, const glue_piece *piece);
 int copier_copy_range(glue_copier *copier, int direction, cu_stream stream, const glue_piece *piece,
                       const glue_device_piece *device, uint64_t begin, uint64_t bytes);
 int event_record(glue_event *event, cu_stream stream);

@@ -21,12 +21,13 @@ struct copies {
 /* EXPECTED from here on: nobody takes the event for done before it is recorded. */
 static int expect(glue_event *event)
 {
-    int error = event->state == EVENT_EXPECTED ? -EBUSY : 0;
-    if (!error) {
-        event->state = EVENT_EXPECTED;
-        event->refs++;
+    if (event->state == EVENT_EXPECTED) {
+        cuda_explain("another transfer is to record the event");
+        return -EBUSY;
     }
-    return error;
+    event->state = EVENT_EXPECTED;
+    event->refs++;
+    return 0;
 }
 
 static int take_copies(struct copies *copies, const glue_copies *wanted, const glue_piece *pieces, uint32_t count)
@@ -39,7 +40,7 @@ static int take_copies(struct copies *copies, const glue_copies *wanted, const g
     if (error)
         return error;
     for (uint32_t i = 0; i < count && !error; i++)
-        error = copier_holds(wanted->copier, &pieces[i]) ? 0 : -EFAULT;
+        error = copier_check(wanted->copier, &pieces[i]);
     if (!error)
         error = expect(wanted->event);
     if (!error) {
@@ -70,6 +71,7 @@ static int take_after(struct copies *copies, glue_event *const *after, uint32_t 
 int copies_new(struct copies **out, const glue_copies *wanted, const glue_piece *pieces, uint32_t count,
                glue_event *const *after, uint32_t num_after)
 {
+    cuda_explain("");
     struct copies *copies = calloc(1, sizeof *copies);
     if (!copies)
         return -ENOMEM;

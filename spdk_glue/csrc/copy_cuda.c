@@ -310,10 +310,7 @@ int glue_copier_copy(glue_copier *copier, int direction, uint64_t stream, const 
     if (error)
         return error;
     for (uint32_t i = 0; i < count && !error; i++)
-        if (!copier_holds(copier, &pieces[i])) {
-            cuda_explain("host memory of the copy is not registered");
-            error = -EFAULT;
-        }
+        error = copier_check(copier, &pieces[i]);
     for (uint32_t i = 0; i < count && !error; i++) {
         uint64_t bytes = pieces[i].run_bytes * pieces[i].heads * pieces[i].blocks;
         error = copier_copy_range(copier, direction, stream_of(stream), &pieces[i], &device[i], 0, bytes);

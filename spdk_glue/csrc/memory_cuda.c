@@ -135,13 +135,14 @@ static uint64_t end_of(const glue_piece *piece)
     return end;
 }
 
-int copier_holds(const glue_copier *copier, const glue_piece *piece)
+int copier_check(const glue_copier *copier, const glue_piece *piece)
 {
     uint64_t end = end_of(piece);
     for (uint32_t i = 0; i < copier->num_ranges; i++) {
         const struct range *range = &copier->ranges[i];
         if (piece->address >= range->address && end > piece->address && end <= range->address + range->bytes)
-            return 1;
+            return 0;
     }
-    return 0;
+    cuda_explain("host memory of the copy is not registered");
+    return -EFAULT;
 }

@@ -61,6 +61,7 @@ def on_device(cuda: Driver, shape: Shape, **options: Any) -> Iterator[OnDevice]:
 def test_generation(cuda: Driver, depth: int, checksum: bool, unified: bool) -> None:
     """A prompt, then a token a step; a tail that is taken back, sequences that change places."""
     cuda.script(**SLOW, integrated=unified)
+    copied = cuda.counts()["copies"]
     shape = Shape(layers=4, batch=2, depth=depth, tokens=256, capacity=256, checksum=checksum)
     with on_device(cuda, shape) as checked:
         checked.step(70)
@@ -72,7 +73,7 @@ def test_generation(cuda: Driver, depth: int, checksum: bool, unified: bool) -> 
         checked.step(9)
         checked.flip(TensorKey(1, "K"))
         checked.step(1)
-        assert bool(cuda.counts()["copies"]) is not unified
+        assert (cuda.counts()["copies"] == copied) is unified
 
 
 def test_outgrowing_the_pool(cuda: Driver) -> None:
@@ -155,7 +156,7 @@ def test_a_thousand_steps_leave_nothing(cuda: Driver) -> None:
 
 def streamed_rows(store: StreamedStore, device: EmulatedCuda, layer: int, shape: Shape) -> torch.Tensor:
     parts = [
-        device.rows(part.keys, shape.batch, shape.heads, part.tokens).as_subclass(torch.Tensor).clone()
+        device.rows(part.keys, shape.batch, shape.heads, part.tokens).clone().as_subclass(torch.Tensor)
         for part in store.stream(layer)
     ]
     return torch.cat(parts, 2) if parts else torch.empty(0)
@@ -184,6 +185,11 @@ def test_streamed(cuda: Driver, spare: int, checksum: bool) -> None:
 FAILING = ["cuMemcpy2DAsync_v2", "cuEventRecord", "cuStreamWaitEvent", "cuEventQuery", "cuCtxPushCurrent_v2"]
 
 
+def many_steps(checked: OnDevice) -> None:
+    for _ in range(20):
+        checked.step(1)
+
+
 @pytest.mark.parametrize(("call", "skip"), list(product(FAILING, [0, 1, 5, 20])))
 def test_a_call_that_fails(cuda: Driver, call: str, skip: int) -> None:
     """The store raises, and from then on nothing is served."""
@@ -193,9 +199,8 @@ def test_a_call_that_fails(cuda: Driver, call: str, skip: int) -> None:
         checked.step(70)
         checked.store.flush()
         cuda.fail(call, skip)
-        with pytest.raises(StorageError, match=r"CUDA_ERROR_ILLEGAL_ADDRESS|device|cu\w+"):
-            for _ in range(20):
-                checked.step(1)
+        with pytest.raises(StorageError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+            many_steps(checked)
         cuda.fail("", 0, 0)
         with pytest.raises(StorageError):
             checked.store.load(TensorKey(0, "K"))
