@@ -238,7 +238,7 @@ class Queue:
         c_pieces = ffi.new("glue_piece[]", [(*piece, 0) for piece in pieces])
         tag = self._next_tag
         result = self._submit(op, tag, c_pieces, len(pieces), copies, after)
-        if result < 0 and self._copier is not None and (reason := last_error()):
+        if result < 0 and (copies or after) and (reason := last_error()):
             raise GlueError(-result, f"submit: {reason}")
         if not check(result, "submit"):
             return None
