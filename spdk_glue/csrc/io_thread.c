@@ -8,7 +8,7 @@
 
 #include "queue.h"
 
-enum { EVENTS = 64, HELD_NS = 50000 };
+enum { EVENTS = 64, STORE_SHARE = 4, HELD_NS = 50000 };
 
 static uint64_t piece_bytes(const glue_piece *piece)
 {
@@ -131,9 +131,9 @@ static void cut_command(glue_queue *queue, struct transfer *transfer, struct com
     command->offset = medium_offset(piece, transfer);
     command->piece = begun;
     command->begin = command->offset - piece->offset;
-    while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->options.command_bytes) {
+    while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->command_bytes) {
         uint64_t left = piece->run_bytes - transfer->in_run;
-        uint64_t room = queue->options.command_bytes - command->bytes;
+        uint64_t room = queue->command_bytes - command->bytes;
         uint64_t take = left < room ? left : room;
         if (!add_segment(command, queue->iov_capacity, run_address(piece, transfer), take))
             break;
@@ -212,11 +212,42 @@ static int start_command(glue_queue *queue, struct command *command)
     return error;
 }
 
-static void cut_and_start(glue_queue *queue, struct transfer *transfer)
+/* Loads go first: attention waits for them, and nobody for stores. While there are both, a share of the
+ * depth is for stores alone, and no more than that. */
+enum lane { LOADS, STORES };
+
+static enum lane lane_of(const struct transfer *transfer)
 {
+    return transfer->op == GLUE_READ ? LOADS : STORES;
+}
+
+static int startable(const struct transfer *transfer, enum lane lane)
+{
+    return lane_of(transfer) == lane && !transfer->waits_for && !transfer->cut_all && !transfer->held;
+}
+
+static int any_startable(const glue_queue *queue, enum lane lane)
+{
+    for (const struct transfer *transfer = queue->active.first; transfer; transfer = transfer->next)
+        if (startable(transfer, lane))
+            return 1;
+    return 0;
+}
+
+/* Is there room in the lane for one more command? */
+static int has_room(const glue_queue *queue, enum lane lane, uint32_t limit)
+{
+    uint32_t loads = queue->reads_in_flight;
+    return queue->free_commands && queue->in_flight < queue->depth &&
+           (lane == LOADS ? loads : queue->in_flight - loads) < limit;
+}
+
+static void cut_and_start(glue_queue *queue, struct transfer *transfer, uint32_t limit)
+{
+    enum lane lane = lane_of(transfer);
     if (!transfer->done.begun_ns)
         transfer->done.begun_ns = clock_ns();
-    while (queue->free_commands && !transfer->cut_all) {
+    while (!transfer->cut_all && has_room(queue, lane, limit)) {
         struct command *command = queue->free_commands;
         queue->free_commands = command->next;
         cut_command(queue, transfer, command);
@@ -227,27 +258,52 @@ static void cut_and_start(glue_queue *queue, struct transfer *transfer)
     }
 }
 
-/* 0 where it waits for a device, or will never start. */
-static int may_start(glue_queue *queue, struct transfer *transfer)
+static void start_lane(glue_queue *queue, enum lane lane, uint32_t limit)
 {
-    int may = transfer->copies ? copies_may_start(transfer->copies) : 1;
-    if (may < 0) {
-        fail_copies(transfer, may);
-        finish_transfer(queue, transfer);
+    struct transfer *next;
+    for (struct transfer *transfer = queue->active.first; transfer && has_room(queue, lane, limit); transfer = next) {
+        next = transfer->next;
+        if (startable(transfer, lane))
+            cut_and_start(queue, transfer, limit);
     }
-    queue->held |= !may;
-    return may > 0;
+}
+
+/* Is the device through with what the transfer waits for? One whose event failed ends here. */
+static void ask_device(glue_queue *queue, struct transfer *transfer)
+{
+    int may = copies_may_start(transfer->copies);
+    transfer->held = !may;
+    queue->held |= transfer->held;
+    if (may >= 0)
+        return;
+    fail_copies(transfer, may);
+    finish_transfer(queue, transfer);
+}
+
+/* No event wakes this thread, so it looks from time to time. */
+static void let_go_of_held(glue_queue *queue)
+{
+    uint64_t now = clock_ns();
+    if (!queue->held || now < queue->ask_at)
+        return;
+    queue->held = 0;
+    queue->ask_at = now + HELD_NS;
+    struct transfer *next;
+    for (struct transfer *transfer = queue->active.first; transfer; transfer = next) {
+        next = transfer->next;
+        if (transfer->held)
+            ask_device(queue, transfer);
+    }
 }
 
 static void start_ready(glue_queue *queue)
 {
-    queue->held = 0;
-    struct transfer *next;
-    for (struct transfer *transfer = queue->active.first; transfer && queue->free_commands; transfer = next) {
-        next = transfer->next;
-        if (!transfer->waits_for && !transfer->cut_all && may_start(queue, transfer))
-            cut_and_start(queue, transfer);
-    }
+    let_go_of_held(queue);
+    uint32_t depth = queue->depth, share = depth < 8 ? 1 : depth / STORE_SHARE;
+    int stores = any_startable(queue, STORES);
+    start_lane(queue, LOADS, stores && depth > 1 ? depth - share : depth);
+    if (stores)
+        start_lane(queue, STORES, queue->reads_in_flight ? share : depth);
 }
 
 /* Short: skip what was moved, so that the same command goes on. */
@@ -342,6 +398,8 @@ static int take_incoming(glue_queue *queue)
         list_append(&queue->active, transfer);
         if (transfer->op >= GLUE_REGISTER)
             handle_memory(queue, transfer);
+        else if (transfer->copies)
+            ask_device(queue, transfer);
     }
     return stopping;
 }

@@ -21,6 +21,7 @@ struct transfer {
     int cut_all;
     uint32_t in_flight;
     struct copies *copies; /* what ties it to a device, or NULL */
+    int held;              /* until events of the device are done */
     glue_completion done;
 };
 
@@ -34,6 +35,9 @@ struct glue_queue {
     glue_options options;
     char *strings[5]; /* what the options point to */
     pthread_t thread;
+
+    /* in force, at most what the options say; changed from any thread */
+    _Atomic uint32_t depth, command_bytes;
 
     pthread_mutex_t lock; /* guards the fields down to `failed` */
     pthread_cond_t changed;
@@ -54,8 +58,9 @@ struct glue_queue {
     uint32_t in_flight, reads_in_flight, writes_in_flight;
     uint64_t busy_since, read_since, write_since;
     int given_up;
-    int held;     /* a transfer waits for an event of a device, which wakes nobody */
-    int draining; /* what arrives from here on is nobody's */
+    int held;         /* some transfer is */
+    uint64_t ask_at;  /* the device again */
+    int draining;     /* what arrives from here on is nobody's */
 };
 
 void *io_thread(void *queue);
