@@ -84,6 +84,14 @@ def accelerator_of(where: torch.device) -> Accelerator:
     return Accelerator(str(where), facts.name, free, total, bool(facts.is_integrated))
 
 
+def free_for_ring(where: torch.device) -> int | None:
+    """What a device with memory of its own has for K and V under way: half of what is free, the rest is for
+    forward passes. None for the CPU and for unified memory."""
+    if where.type != "cuda" or (facts := accelerator_of(where)).unified:
+        return None
+    return facts.free // 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Twin:
     """A region's bytes on the device, and where they begin there."""

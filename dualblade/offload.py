@@ -223,4 +223,5 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         policy=settings.policy,
         prefetch_depth=settings.prefetch_depth if settings.pipeline.crosses_layers else 0,
         stream=settings.stream,
+        ring=settings.ring,
     )

@@ -30,7 +30,8 @@ class CacheSettings:
     """Sizes in bytes. forced: the path of every tensor, or None for the governor's choice.
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
-    weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
+    weights are in memory already. ring: what a device with memory of its own has for the K and V that are
+    under way, None where there is none. stream: when attention goes through a layer in chunks; "auto": where
     its K and V do not fit the budget. pipeline: what may travel while a layer computes."""
 
     nvme: str | None
@@ -47,6 +48,7 @@ class CacheSettings:
     stream: str = "auto"
     pipeline: Mode = Mode.ADAPTIVE
     loaded: bool = True
+    ring: int | None = None
     timeout_s: float = 60.0
 
     @classmethod

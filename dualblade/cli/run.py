@@ -28,7 +28,6 @@ from dualblade.units import format_size
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--attention", type=click.Choice(["sdpa", "eager"]), default="sdpa", show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
@@ -49,8 +48,6 @@ def run(as_json: bool, report: Path | None, **options: Any) -> None:
             "this version keeps to the budget by planning and cannot enforce it",
             "systemd-run --scope -p MemoryMax=6G dualblade-spdk run ... does",
         )
-    if options["device"] == "cuda":
-        raise UsageError("this version computes on the CPU only", "leave --device out")
     _one_prompt(options)
     if report:
         _check_report(report)
@@ -101,6 +98,7 @@ def _run_options(options: dict[str, Any]) -> Any:
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
         dtype=options["dtype"],
+        device=options["device"],
         attention=options["attention"],
         chunk=options["prefill_chunk"],
         weights=options["weights"],
