@@ -32,7 +32,7 @@ GROWING_CAPACITY = 8 * GIB  # of a default target when nobody said how long the 
 
 class Offload:
     """Opens what the settings ask for. Raises UsageError, BudgetError, TargetError, CapacityError;
-    whatever was opened by then is closed again."""
+    whatever was opened by then is closed again, the device too."""
 
     def __init__(self, specs: Sequence[TensorSpec], settings: CacheSettings, device: Device, grows: bool):
         host = Host()
@@ -51,6 +51,7 @@ class Offload:
         except BaseException:
             for path in self.paths.values():
                 path.discard()
+            device.close()
             raise
 
     def _open_paths(self, grows: bool) -> None:

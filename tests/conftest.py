@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -120,6 +121,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
     for need in state.unmet():
         terminalreporter.write_line(f"FAILED: REQUIRE={need}, but no test ran for it", red=True)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(request: pytest.FixtureRequest) -> Generator[None, None, None]:
+    """Where there is a GPU, only tests that need one see it; the others are about the CPU."""
+    if "gpu" in needs_of(request.node):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")  # for children
+        if torch := sys.modules.get("torch"):
+            patched.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture
