@@ -60,6 +60,13 @@ class CpuDevice:
         READ was waited for, attention may read the rows. Raises StorageError."""
         return path.transfer(op, key, pieces)
 
+    def synchronize(self) -> None:
+        """The host waits until the device has nothing to do."""
+
+    def copy_seconds(self, pieces: Sequence[Piece]) -> float:
+        """How long the device takes to fetch them, with nothing else to do: nothing to fetch."""
+        return 0.0
+
     def bring(self, pieces: Sequence[Piece]) -> None:
         """What was written to these rows is in host memory afterwards."""
 

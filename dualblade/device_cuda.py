@@ -145,7 +145,7 @@ class CudaDevice(CpuDevice):
     def _stream(self) -> int:
         return int(torch.cuda.current_stream(self.where).cuda_stream)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         torch.cuda.synchronize(self.where)
 
     # regions --------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class CudaDevice(CpuDevice):
 
     def forget(self, region: Region) -> None:
         """Before the region is closed; waits for the device. Raises GlueError where copies do not end."""
-        self._synchronize()
+        self.synchronize()
         self.copier.unregister(region.address)
         self._twins.pop(region.address, None)
 
@@ -249,7 +249,7 @@ class CudaDevice(CpuDevice):
 
     def copy_seconds(self, pieces: Sequence[Piece]) -> float:
         """How long the device takes to fetch them, with nothing else to do. The host waits."""
-        self._synchronize()
+        self.synchronize()
         begun = time.perf_counter()
         self.copier.copy(TO_DEVICE, self.copier.loads, pieces, self._on_device(pieces))
         self.copier.recorded(self.copier.loads).wait()

@@ -148,7 +148,7 @@ class EmulatedCuda(CudaDevice):
     def _stream(self) -> int:
         return int(ffi.cast("uintptr_t", self.driver.compute))
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         self.driver.synchronize()
 
     def _free(self, addresses: list[int]) -> None:

@@ -14,7 +14,13 @@ from test_exact import NEW, PROMPT, Way, assert_same, kv_bytes, model_of
 from test_streamed import assert_streamed_bits
 
 from dualblade import DualBladeCache
+from dualblade.bench.step import StepBench, run_step_bench
+from dualblade.emulate import EmulatedTarget
 from dualblade.errors import ConfigError
+from dualblade.settings import CacheSettings
+from dualblade.targets import open_target
+from dualblade.units import MIB
+from dualblade.volume import Volume
 
 pytestmark = pytest.mark.needs("cc", "uring", "o_direct")
 
@@ -78,6 +84,25 @@ def test_checksums_and_no_prefetch(unified: bool, emulated: Driver, direct_dir: 
 def test_streamed(family: str, emulated: Driver, direct_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dualblade.pipeline.STREAM_CHUNK", 1)
     assert_streamed_bits(family, torch.bfloat16, 2, 50, direct_dir)
+
+
+@pytest.mark.needs("spdk")
+@pytest.mark.parametrize("transport", ["vfio-user", "tcp"])
+def test_spdk_feeds_it(transport: str, emulated: Driver, direct_dir: Path) -> None:
+    way = Way("llama", torch.float32, 1, False, 50)
+    with EmulatedTarget(memory_mib=160, hugepages=False) as target:
+        name = target.export(target.malloc("medium", 64 * MIB), transport)
+        with open_target(name, capacity=None, cache_dir=Path()) as opened:
+            Volume.create(opened.queue, opened.capacity)
+        with cache_of(way, direct_dir, kv_path="direct", nvme=name) as cache:
+            assert_same(way, cache)
+
+
+def test_bench_step_tells_the_copies(emulated: Driver, tmp_path: Path) -> None:
+    chosen = CacheSettings.checked(mem_budget="4G", kv_path="direct", nvme="mem:64M", cache_dir=tmp_path)
+    record, _ = run_step_bench(StepBench("tiny", chosen, context=300, rounds=1), lambda text: None)
+    assert record["copy_s"] > 0
+    assert record["overlap_efficiency"] > 0
 
 
 def test_memory_that_cannot_be_pinned_is_told(emulated: Driver, direct_dir: Path) -> None:
