@@ -12,7 +12,7 @@ from dualblade import loading, models, runner
 from dualblade.device import leave_a_cpu
 from dualblade.device_cuda import find_accelerator
 from dualblade.errors import ConfigError, DualBladeError, UsageError
-from dualblade.forecast import Forecast, check_machine, device_bytes
+from dualblade.forecast import DEVICE_PART, Forecast, check_machine, device_bytes
 from dualblade.handles import STREAMED, in_memory_cache
 from dualblade.hf import DualBladeCache
 from dualblade.host.heap import return_large_blocks
@@ -102,6 +102,7 @@ class Session:
         options = self.options
         empty = models.empty_model(self.config, self.dtype, options.attention, shared=self.dummy)
         weights = models.weight_bytes(empty)
+        self._choose_device(weights)
         elsewhere = self.accelerator is not None and not self.accelerator.unified
         return Forecast(
             self.config,
@@ -116,6 +117,14 @@ class Session:
             accelerator=self.accelerator,
             on_device=weights if elsewhere else 0,
         )
+
+    def _choose_device(self, weights: int) -> None:
+        """`auto` takes a device that holds the weights."""
+        found = self.accelerator
+        if found is None or self.options.device != "auto" or weights < found.free * DEVICE_PART:
+            return
+        self.watcher.stage(f"the weights do not fit {found.model}, so the CPU computes")
+        self.accelerator = None
 
     def _can_stream(self, empty: Any) -> bool:
         """Raises ConfigError where that is asked for and cannot be."""
