@@ -15,7 +15,7 @@ import torch
 from dualblade.paths.base import StoragePath, Ticket
 from dualblade.staging import Slot
 from dualblade.tensors import TensorKey
-from spdk_glue import Piece, Region
+from spdk_glue import FileRegion, Piece, Region
 
 
 @contextmanager
@@ -37,6 +37,7 @@ class CpuDevice:
     """Opens region memory as tensors of `dtype`."""
 
     unified = True  # its memory is the machine's
+    reads_in_place = True  # also the mapping of a file
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -70,7 +71,9 @@ class CpuDevice:
     def bring(self, pieces: Sequence[Piece]) -> None:
         """What was written to these rows is in host memory afterwards."""
 
-    def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> torch.Tensor:
+    def open(
+        self, region: Region | FileRegion, offset: int, runs: int, capacity: int, head_dim: int
+    ) -> torch.Tensor:
         """[runs, capacity, head_dim] over the region's bytes from `offset` on; no copy."""
         count = runs * capacity * head_dim
         flat = torch.frombuffer(region.buffer(), dtype=self.dtype, count=count, offset=offset)

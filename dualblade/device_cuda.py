@@ -35,6 +35,7 @@ from spdk_glue import (
     Copies,
     DevicePiece,
     Event,
+    FileRegion,
     GlueError,
     NotBuiltError,
     Piece,
@@ -119,6 +120,8 @@ class CudaDevice(CpuDevice):
     copier, unified: None for what the machine has.
     """
 
+    reads_in_place = False  # the page cache cannot be pinned
+
     def __init__(
         self,
         dtype: torch.dtype,
@@ -181,7 +184,9 @@ class CudaDevice(CpuDevice):
         self.copier.unregister(region.address)
         self._twins.pop(region.address, None)
 
-    def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> torch.Tensor:
+    def open(
+        self, region: Region | FileRegion, offset: int, runs: int, capacity: int, head_dim: int
+    ) -> torch.Tensor:
         count = runs * capacity * head_dim * self.itemsize
         flat = self._twins[region.address].memory[offset : offset + count]
         return flat.view(self.dtype).view(runs, capacity, head_dim)
