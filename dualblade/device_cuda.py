@@ -254,6 +254,8 @@ class CudaDevice(CpuDevice):
 
     def copy_seconds(self, pieces: Sequence[Piece]) -> float:
         """How long the device takes to fetch them, with nothing else to do. The host waits."""
+        if not pieces:
+            return 0.0
         self.synchronize()
         begun = time.perf_counter()
         self.copier.copy(TO_DEVICE, self.copier.loads, pieces, self._on_device(pieces))

@@ -30,8 +30,8 @@ from spdk_glue.queue import (
 
 __all__ = [
     "FLUSH", "PAGE", "READ", "TO_DEVICE", "TO_HOST", "TRIM", "WRITE", "Completion", "Copier", "Copies",
-    "DevicePiece", "Environment", "Event", "FileFacts", "FileRegion", "GlueError", "Gpu", "Medium", "MemOptions",
-    "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions", "QueueStats", "Region", "TransferError",
-    "TransferTimeout", "all_done", "cached_bytes", "engines", "environment", "file_facts", "last_words",
-    "plain", "spdk_version", "start_environment", "why_no_uring",
+    "DevicePiece", "Environment", "Event", "FileFacts", "FileRegion", "GlueError", "Gpu", "Medium",
+    "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions", "QueueStats", "Region",
+    "TransferError", "TransferTimeout", "all_done", "cached_bytes", "engines", "environment", "file_facts",
+    "last_words", "plain", "spdk_version", "start_environment", "why_no_uring",
 ]  # fmt: skip
