@@ -133,9 +133,8 @@ class KVStore:
             rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
             for room in rooms:
                 tensor = self.tensors[room.key]
-                if (
-                    self.reads_in_place and self.device.reads_in_place and not self.checksum
-                ):  # these are of what is copied
+                in_place = self.reads_in_place and self.device.reads_in_place
+                if in_place and not self.checksum:  # these are of what is copied
                     tensor.mapped = map_room(tensor, path, room, self.device)
                 if tensor.mapped is None:
                     tensor.segments.append(Segment(0, room.nbytes // tensor.layout.block_bytes, room))

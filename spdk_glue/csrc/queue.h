@@ -69,5 +69,14 @@ void queue_free(glue_queue *queue);
 void list_append(struct transfer_list *list, struct transfer *transfer);
 void list_remove(struct transfer_list *list, struct transfer *transfer);
 void transfer_free(struct transfer *transfer);
+/* The next command of a transfer: contiguous on the medium, within one piece, at most command_bytes. */
+void command_cut(glue_queue *queue, struct transfer *transfer, struct command *command);
+/* Skip what was moved, so that the same command goes on. */
+void command_advance(struct command *command, uint64_t moved);
+
+static inline uint64_t piece_bytes(const glue_piece *piece)
+{
+    return piece->run_bytes * piece->heads * piece->blocks;
+}
 
 #endif
