@@ -163,8 +163,8 @@ for number in range(60):
     copies = Copies(copier, copier.loads, [DevicePiece(device.value, 0, 0)], copier.event())
     queue.submit(READ, [plain(0, region.address, 65536)], copies=copies, after=last)
     last = [copies.event]
-builtin = sys.modules["builtins"]
-builtin.keep = (queue, copier, region, last)  # nobody closes or forgets them
+for kept in (queue, queue._queue, copier, copier.handle, region, region._owner, *last):
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # nobody closes or forgets them
 print("leaving", flush=True)
 """
 
