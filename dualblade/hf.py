@@ -105,8 +105,9 @@ class DualBladeCache(Cache):
     mem_budget: host memory of the whole process. max_tokens and batch_size let everything be
     placed before the first token; without them tensors grow by contiguous segments. stream: "auto" where
     one layer's K and V do not fit the budget, "never" or "always"; it takes a model that was built with
-    attn_implementation="dualblade", and "auto" is "never" for any other. device: the model's; without it
-    rooms are taken at the first forward pass where there is a CUDA device. settings: all of these at once,
+    attn_implementation="dualblade", and "auto" is "never" for any other. live: tensors change paths as the
+    memory changes; None: as the policy has it. device: the model's; without it rooms are taken at the first
+    forward pass where there is a CUDA device. settings: all of these at once,
     already checked.
 
     Raises UsageError, ConfigError, BudgetError, TargetError, CapacityError.
@@ -131,6 +132,7 @@ class DualBladeCache(Cache):
         checksum: bool = False,
         stream: str = "auto",
         pipeline: str = "adaptive",
+        live: bool | None = None,
         device: str | torch.device | None = None,
         settings: CacheSettings | None = None,
     ):
@@ -148,6 +150,7 @@ class DualBladeCache(Cache):
             checksum=checksum,
             stream=stream if streams(config) or stream != "auto" else "never",
             pipeline=pipeline,
+            live=live,
         )
         self.config = config
         self._max_tokens = max_tokens
