@@ -7,12 +7,15 @@ On the CPU there is nothing to copy: attention reads the memory that the engine 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from spdk_glue import FileRegion, Region
+from dualblade.paths.base import StoragePath, Ticket
+from dualblade.staging import Slot
+from dualblade.tensors import TensorKey
+from spdk_glue import FileRegion, Piece, Region
 
 
 @contextmanager
@@ -33,9 +36,40 @@ def leave_a_cpu(needed: bool) -> Iterator[None]:
 class CpuDevice:
     """Opens region memory as tensors of `dtype`."""
 
+    unified = True  # its memory is the machine's
+    reads_in_place = True  # also the mapping of a file
+
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.itemsize = dtype.itemsize
+        self.where = torch.device("cpu")
+
+    def adopt(self, region: Region, unit: int) -> None:
+        """The region is about to be used: nothing to prepare."""
+
+    def forget(self, region: Region) -> None:
+        """The region is about to be closed."""
+
+    def close(self) -> bool:
+        """True: nothing of the device's own is under way."""
+        return True
+
+    def move(
+        self, path: StoragePath, op: int, key: TensorKey, pieces: Sequence[Piece], slot: Slot | None
+    ) -> Ticket:
+        """Start a transfer. slot: whose memory it is, None for an unfinished block's. When the ticket of a
+        READ was waited for, attention may read the rows. Raises StorageError."""
+        return path.transfer(op, key, pieces)
+
+    def synchronize(self) -> None:
+        """The host waits until the device has nothing to do."""
+
+    def copy_seconds(self, pieces: Sequence[Piece]) -> float:
+        """How long the device takes to fetch them, with nothing else to do: nothing to fetch."""
+        return 0.0
+
+    def bring(self, pieces: Sequence[Piece]) -> None:
+        """What was written to these rows is in host memory afterwards."""
 
     def open(
         self, region: Region | FileRegion, offset: int, runs: int, capacity: int, head_dim: int

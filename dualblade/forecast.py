@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dualblade.device_cuda import Accelerator
 from dualblade.errors import BudgetError
 from dualblade.handles import STREAMED
 from dualblade.layers import kept_bytes, kv_specs
-from dualblade.models import activation_bytes, paused_bytes
+from dualblade.models import HEAP_SLACK, activation_bytes, paused_bytes
 from dualblade.offload import make_request
 from dualblade.planner import RunPlan, make_plan
 from dualblade.residency import MemorySnapshot
@@ -25,6 +26,7 @@ FEWEST_ROWS = 512  # of a matrix product in prefill: fewer take longer
 ACTIVATIONS_PART = 4
 # Streamed, the cache is read again for every chunk of the prompt: its length is worth more than pages.
 STREAMED_PART = 3
+DEVICE_PART = 0.95  # of a device's free memory: its allocator keeps some between tensors
 LONGEST_CONTEXT = 1 << 24  # of a model that names no end
 
 
@@ -48,7 +50,8 @@ class Prefill:
 class Forecast:
     """settings: with the weights' bytes. chunk: --prefill-chunk, None to let the budget decide.
     all_logits: the model gives those of every position. limit: positions it has, None without end.
-    can_stream: the model's attention can be streamed."""
+    can_stream: the model's attention can be streamed. accelerator: what computes, None for the CPU.
+    on_device: bytes of the weights in its own memory; the settings name those that the host holds."""
 
     config: Any
     settings: CacheSettings
@@ -59,6 +62,8 @@ class Forecast:
     all_logits: bool
     limit: int | None
     can_stream: bool = False
+    accelerator: Accelerator | None = None
+    on_device: int = 0
 
     def prefill_for(self, context: int, prompt: int, snapshot: MemorySnapshot) -> Prefill:
         """How a prompt goes through: the cheapest way that reads nothing again, else the one that reads
@@ -77,7 +82,7 @@ class Forecast:
 
     def _ways(self, context: int, prompt: int, streamed: bool) -> Iterator[Prefill]:
         part = STREAMED_PART if streamed else ACTIVATIONS_PART
-        spare = (self.settings.budget - self.settings.weights) // part
+        spare = self.room // part
         token = self._paused(context)
         found = False
         for chunk in self._chunks(prompt):
@@ -96,11 +101,25 @@ class Forecast:
             chunk //= 2
         yield min(chunk, prompt)
 
+    @property
+    def _discrete(self) -> Accelerator | None:
+        """The device that computes, where its memory is not the machine's."""
+        return self.accelerator if self.accelerator and not self.accelerator.unified else None
+
+    @property
+    def room(self) -> int:
+        """Bytes beside the weights, where forward passes run."""
+        if self._discrete:
+            return int(self._discrete.free * DEVICE_PART) - self.on_device
+        return self.settings.budget - self.settings.weights
+
     def settings_for(self, context: int, prefill: Prefill) -> CacheSettings:
         """The settings of a run of `context` tokens whose prompt goes through like that."""
+        activations = self._activations(context, prefill)
         return replace(
             self.settings,
-            activations=self._activations(context, prefill),
+            activations=HEAP_SLACK if self._discrete else activations,
+            ring=max(0, self.room - activations) if self._discrete else None,
             loaded=False,
             stream="always" if prefill.streamed else "never",
         )
@@ -161,11 +180,24 @@ def check_machine(plan: RunPlan, snapshot: MemorySnapshot) -> None:
         )
 
 
-def device_bytes(plan: RunPlan) -> dict[str, Any]:
-    """What lies on the device that computes. On the CPU the KV ring is the staging memory."""
-    return {
-        "name": "cpu",
-        "weights_bytes": plan.footprint.weights_bytes,
-        "activation_bytes": plan.footprint.reserve_bytes,
-        "kv_ring_bytes": plan.footprint.staging_bytes,
+def device_bytes(plan: RunPlan, forecast: Forecast | None = None) -> dict[str, Any]:
+    """What lies on the device that computes. On the CPU, and where memory is unified, the KV ring is the
+    staging memory; else it is that and the unfinished blocks once more."""
+    footprint = plan.footprint
+    accelerator = forecast.accelerator if forecast else None
+    record: dict[str, Any] = {
+        "name": accelerator.name if accelerator else "cpu",
+        "weights_bytes": footprint.weights_bytes,
+        "activation_bytes": footprint.reserve_bytes,
+        "kv_ring_bytes": footprint.staging_bytes,
     }
+    if forecast is None or accelerator is None:
+        return record
+    record |= {"model": accelerator.model, "total_bytes": accelerator.total, "unified": accelerator.unified}
+    if not accelerator.unified:
+        record |= {
+            "weights_bytes": forecast.on_device,
+            "activation_bytes": forecast.room - (plan.request.ring or 0),
+            "kv_ring_bytes": footprint.staging_bytes + footprint.tails_bytes,
+        }
+    return record

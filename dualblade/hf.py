@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dualblade.attention import streams
 from dualblade.device import CpuDevice, leave_a_cpu
+from dualblade.device_cuda import device_for, free_for_ring
 from dualblade.errors import ConfigError, EnforcementError, ModelError
 from dualblade.handles import StreamedRows
 from dualblade.host.budget_cgroup import BudgetCgroup
@@ -92,6 +93,13 @@ class OffloadedLayer(CacheLayerMixin):
         )
 
 
+def with_ring(settings: CacheSettings, where: torch.device) -> CacheSettings:
+    """What is free now on a device with memory of its own holds the K and V that are under way."""
+    if settings.ring is not None or (free := free_for_ring(where)) is None:
+        return settings
+    return replace(settings, ring=free)
+
+
 class DualBladeCache(Cache):
     """A KV cache larger than its memory, for any `generate()`.
 
@@ -102,7 +110,8 @@ class DualBladeCache(Cache):
     attn_implementation="dualblade", and "auto" is "never" for any other. enforce: put the process in a
     memory cgroup of mem_budget until the cache is closed; where that cannot be, a RuntimeWarning says why,
     and the budget is kept by planning. live: tensors change paths as the memory changes; None: as the
-    policy has it. settings: all of these at once,
+    policy has it. device: the model's; without it rooms are taken at the first forward pass where there is
+    a CUDA device. settings: all of these at once,
     already checked.
 
     Raises UsageError, ConfigError, BudgetError, TargetError, CapacityError.
@@ -129,6 +138,7 @@ class DualBladeCache(Cache):
         enforce: bool = False,
         pipeline: str = "adaptive",
         live: bool | None = None,
+        device: str | torch.device | None = None,
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -153,6 +163,7 @@ class DualBladeCache(Cache):
         self._spared = ExitStack()
         self._cgroup = self._enforced() if enforce else None
         self._device: CpuDevice | None = None
+        self._where = None if device is None else torch.device(device)
         self._batch = 0
         shapes = layer_shapes(config)
         super().__init__(
@@ -162,9 +173,10 @@ class DualBladeCache(Cache):
             ]
         )
         known = dtype or getattr(config.get_text_config(decoder=True), "dtype", None)
-        if max_tokens and batch_size and isinstance(known, torch.dtype):
+        where = self._where or (None if torch.cuda.is_available() else torch.device("cpu"))
+        if max_tokens and batch_size and isinstance(known, torch.dtype) and where is not None:
             try:
-                self._open(kv_specs(config, batch_size, max_tokens, known.itemsize), known)
+                self._open(kv_specs(config, batch_size, max_tokens, known.itemsize), known, where)
             except BaseException:
                 self._leave_cgroup()
                 raise
@@ -190,22 +202,20 @@ class DualBladeCache(Cache):
 
     def prepare(self, rows: torch.Tensor) -> None:
         """Take rooms for tensors like `rows` [batch, KV head, tokens, head_dim], or check that they fit."""
-        if rows.device.type != "cpu":
-            raise ConfigError(
-                f"this version keeps KV for models on the CPU, and this one is on {rows.device}"
-            )
         if rows.requires_grad:
             raise ConfigError("DualBladeCache is for inference", "call the model under torch.no_grad()")
         batch, _, tokens, _ = rows.shape
         if self._storage is None:
             expected = self._max_tokens or max(FIRST_TOKENS, 2 * tokens)
-            self._open(kv_specs(self.config, batch, expected, rows.dtype.itemsize), rows.dtype)
+            specs = kv_specs(self.config, batch, expected, rows.dtype.itemsize)
+            self._open(specs, rows.dtype, rows.device)
 
-    def _open(self, specs: tuple[TensorSpec, ...], dtype: torch.dtype) -> None:
-        self._device = CpuDevice(dtype)
+    def _open(self, specs: tuple[TensorSpec, ...], dtype: torch.dtype, where: torch.device) -> None:
+        settings = with_ring(self.settings, where)
+        self._device = device_for(where, dtype)
         self._batch = specs[0].batch if specs else 0
         grows = bool(specs) and not self._max_tokens
-        self._storage = Offload(specs, self.settings, self._device, grows)
+        self._storage = Offload(specs, settings, self._device, grows)
         self._spared.enter_context(leave_a_cpu(self._storage.polling_threads > 0))
 
     @property
@@ -270,6 +280,11 @@ class DualBladeCache(Cache):
         spec = self.storage.store.tensors[key].spec
         expected = (self._batch, spec.heads, spec.head_dim)
         got = (rows.shape[0], rows.shape[1], rows.shape[3])
+        if self._device is not None and rows.device.type != self._device.where.type:
+            raise ConfigError(
+                f"the cache was opened for {self._device.where}, and the model is on {rows.device}",
+                "pass device=model.device to DualBladeCache",
+            )
         if got != expected or (self._device and rows.dtype != self._device.dtype):
             raise ModelError(
                 f"{key}: rows of batch, KV heads, head_dim {got} and {rows.dtype} arrived where "

@@ -85,14 +85,22 @@ def _load(ref: ModelRef, loader: Callable[[], Result]) -> Result:
 
 
 def load_model(
-    ref: ModelRef, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str
+    ref: ModelRef,
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    device: str = "cpu",
 ) -> PreTrainedModel:
-    """The real weights, tensor by tensor. Raises ModelError naming what is damaged or missing."""
+    """The real weights, tensor by tensor, each on the device before the next is read.
+
+    Raises ModelError naming what is damaged or missing.
+    """
     model = empty_model(config, dtype, attention)
     with Checkpoint(hub.weight_files(folder)) as checkpoint:
         found, problems = _match(model, checkpoint)
         if not problems:
-            _read_weights(model, checkpoint, found)
+            _read_weights(model, checkpoint, found, device)
     if problems:
         model = _load(ref, lambda: _convert(folder, config, dtype, attention_of(model), problems))
     if (folder / "generation_config.json").exists():
@@ -100,7 +108,7 @@ def load_model(
             ref, lambda: GenerationConfig.from_pretrained(folder, local_files_only=True)
         )
     smooth_head(model)
-    return model.eval()
+    return model.to(device).eval()  # type: ignore[arg-type]  # buffers, and what was converted
 
 
 def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -151,7 +159,7 @@ def _check_shape(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) ->
         )
 
 
-def _read_weights(model: PreTrainedModel, checkpoint: Checkpoint, found: dict[str, str]) -> None:
+def _read_weights(model: PreTrainedModel, checkpoint: Checkpoint, found: dict[str, str], device: str) -> None:
     weights: dict[str, Weight] = {found[weight.names[0]]: weight for weight in weights_of(model)}
     buffers = {found[name]: value for name, value in model.state_dict().items() if name in found}
     for stored in checkpoint.in_order([*found.values()]):
@@ -161,7 +169,7 @@ def _read_weights(model: PreTrainedModel, checkpoint: Checkpoint, found: dict[st
             continue
         tensor = torch.empty(weight.empty.shape, dtype=weight.empty.dtype)
         checkpoint.read(stored, tensor)
-        weight.put(tensor)
+        weight.put(tensor.to(device))
 
 
 def _convert(
@@ -190,7 +198,9 @@ def _convert(
     return model
 
 
-def dummy_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int) -> PreTrainedModel:
+def dummy_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int, device: str = "cpu"
+) -> PreTrainedModel:
     """Every shape of the real model with random values, one decoder layer shared by all layers."""
     model = empty_model(config, dtype, attention, shared=True)
     random = torch.Generator().manual_seed(seed)
@@ -198,6 +208,8 @@ def dummy_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, se
         tensor = torch.empty(weight.empty.shape, dtype=weight.empty.dtype)
         tensor.normal_(0.0, 0.02, generator=random)
         # Norms scale by about one, as trained ones do; else everything would vanish layer by layer.
-        weight.put(tensor.add_(1.0) if tensor.dim() == 1 and weight.names[0].endswith("weight") else tensor)
+        if tensor.dim() == 1 and weight.names[0].endswith("weight"):
+            tensor.add_(1.0)
+        weight.put(tensor.to(device))
     smooth_head(model)
-    return model
+    return model.to(device)  # type: ignore[arg-type]  # its buffers

@@ -36,7 +36,7 @@ GROWING_CAPACITY = 8 * GIB  # of a default target when nobody said how long the 
 
 class Offload:
     """Opens what the settings ask for. Raises UsageError, BudgetError, TargetError, CapacityError;
-    whatever was opened by then is closed again."""
+    whatever was opened by then is closed again, the device too."""
 
     def __init__(self, specs: Sequence[TensorSpec], settings: CacheSettings, device: Device, grows: bool):
         host = Host()
@@ -63,6 +63,7 @@ class Offload:
                 self.governor.close()
             for path in self.paths.values():
                 path.discard()
+            device.close()
             raise
 
     def _open_paths(self, grows: bool) -> None:
@@ -298,5 +299,6 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         policy=settings.policy,
         prefetch_depth=settings.prefetch_depth if settings.pipeline.crosses_layers else 0,
         stream=settings.stream,
+        ring=settings.ring,
         live=settings.live,
     )

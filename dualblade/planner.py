@@ -27,7 +27,7 @@ class BudgetRequest:
     """budget: bytes for the whole process, host memory. weights, runtime, activations: bytes.
     page_cache: --page-cache-budget, or None. forced: the path of every tensor, or None. stream: "auto", a
     layer is streamed in chunks where its K and V do not fit; "never"; "always". live: tensors may change
-    paths later."""
+    paths later. ring: what a device with memory of its own has for K and V under way, or None."""
 
     budget: int
     weights: int
@@ -39,6 +39,17 @@ class BudgetRequest:
     prefetch_depth: int | None = None
     stream: str = "never"
     live: bool = False
+    ring: int | None = None
+
+    @property
+    def host(self) -> int:
+        """What staging, unfinished blocks and the page cache share of the budget."""
+        return self.budget - self.weights - self.runtime - self.activations
+
+    @property
+    def left(self) -> int:
+        """What staging and unfinished blocks may take: their bytes are on the device once more."""
+        return self.host if self.ring is None else min(self.host, self.ring)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,7 @@ def make_plan(
 
     grows: the tokens of the specs are only where the run begins; tensors are placed as they grow.
     """
-    left = request.budget - request.weights - request.runtime - request.activations
+    left = request.left
     layouts = choose_layouts(specs, left)
     tails = sum(layout.block_bytes for layout in layouts.values())
     migration = chunk_bytes(layout.block_bytes for layout in layouts.values()) if request.live else 0
@@ -131,6 +142,12 @@ def _plan_staging(
 
 
 def _too_small(request: BudgetRequest, left: int, staging: int, what: str) -> BudgetError:
+    if request.left < request.host:
+        raise BudgetError(
+            f"the device has {format_size(max(0, left))} left for K and V under way, and {what} take "
+            f"{format_size(staging)}",
+            "take a shorter context or a smaller batch, or --device cpu",
+        )
     need = request.budget - left + staging
     parts = (
         f"weights {format_size(request.weights)}, runtime {format_size(request.runtime)}, "

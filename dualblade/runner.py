@@ -82,6 +82,7 @@ class Generation:
         self.on_prefill = on_prefill
         self.on_token = on_token
         self._last_only = last_position_only(model)
+        self._device = next(model.parameters()).device
         self._random = torch.Generator().manual_seed(sampling.seed)
         self._mask = prompt.mask
 
@@ -142,15 +143,19 @@ class Generation:
         # A mask that hides nothing would only cost attention its fast path.
         extra = {"attention_mask": mask} if self.prompt.padded else {}
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:]
+        extra = {name: self._there(tensor) for name, tensor in extra.items()}
         out = self.model(
-            input_ids=ids,
-            position_ids=positions,
+            input_ids=self._there(ids),
+            position_ids=self._there(positions),
             past_key_values=self.cache,
             use_cache=True,
             **self._last_only,
             **extra,
         )
-        return out.logits[:, -1].float()
+        return out.logits[:, -1].float().cpu()
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         if self.sampling.temperature == 0:

@@ -10,8 +10,9 @@ from typing import Any
 
 from dualblade import loading, models, runner
 from dualblade.device import leave_a_cpu
+from dualblade.device_cuda import find_accelerator
 from dualblade.errors import ConfigError, DualBladeError, UsageError
-from dualblade.forecast import Forecast, check_machine, device_bytes
+from dualblade.forecast import DEVICE_PART, Forecast, check_machine, device_bytes
 from dualblade.handles import STREAMED, in_memory_cache
 from dualblade.hf import DualBladeCache
 from dualblade.host.heap import return_large_blocks
@@ -35,6 +36,7 @@ class RunOptions:
     max_new_tokens: int = 128
     batch_size: int = 1
     dtype: str | None = None
+    device: str = "cpu"
     attention: str = "sdpa"
     chunk: int | None = None
     weights: str = "auto"
@@ -63,6 +65,7 @@ class Session:
         self.watcher = watcher
         self.dummy = options.weights == "dummy"
         self.ref = resolve(options.model)
+        self.accelerator = find_accelerator(options.device)
         watcher.stage("reading the model's configuration")
         self.config = loading.load_config(self.ref, shapes_only=plan_only or self.dummy)
         self.dtype = models.pick_dtype(self.config, options.dtype)
@@ -98,9 +101,12 @@ class Session:
     def _forecast(self) -> Forecast:
         options = self.options
         empty = models.empty_model(self.config, self.dtype, options.attention, shared=self.dummy)
+        weights = models.weight_bytes(empty)
+        self._choose_device(weights)
+        elsewhere = self.accelerator is not None and not self.accelerator.unified
         return Forecast(
             self.config,
-            replace(options.settings, weights=models.weight_bytes(empty)),
+            replace(options.settings, weights=0 if elsewhere else weights),
             options.batch_size,
             self.dtype.itemsize,
             models.attention_of(empty),
@@ -108,7 +114,17 @@ class Session:
             all_logits=not models.last_position_only(empty),
             limit=models.context_limit(self.config),
             can_stream=self._can_stream(empty),
+            accelerator=self.accelerator,
+            on_device=weights if elsewhere else 0,
         )
+
+    def _choose_device(self, weights: int) -> None:
+        """`auto` takes a device that holds the weights."""
+        found = self.accelerator
+        if found is None or self.options.device != "auto" or weights < found.free * DEVICE_PART:
+            return
+        self.watcher.stage(f"the weights do not fit {found.model}, so the CPU computes")
+        self.accelerator = None
 
     def _can_stream(self, empty: Any) -> bool:
         """Raises ConfigError where that is asked for and cannot be."""
@@ -119,6 +135,11 @@ class Session:
                 "leave out --stream always and --attention",
             )
         return can
+
+    @property
+    def device(self) -> str:
+        """Where the model computes, as torch names it."""
+        return self.accelerator.name if self.accelerator else "cpu"
 
     @property
     def attention(self) -> str:
@@ -156,12 +177,13 @@ class Session:
             max_tokens=self.context,
             batch_size=self.options.batch_size,
             dtype=self.dtype,
+            device=self.device,
             settings=self.settings,
         ) as cache:
             model = self._load(folder)
             result, text = self._generate(model, cache)
             chunks = cache.storage.chunks
-            device = {"device_bytes": device_bytes(cache.storage.plan)}
+            device = {"device_bytes": device_bytes(cache.storage.plan, self.forecast)}
             record = self._record(result, text) | device | cache.report()
         if self.settings.cgroup:
             record["memory"]["cgroup"] = self.settings.cgroup.record(result.decode_s)
@@ -182,9 +204,11 @@ class Session:
             self.watcher.stage(
                 f"dummy weights: random values, and one decoder layer shared by all {layers} layers"
             )
-            return loading.dummy_model(self.config, self.dtype, self.attention, options.sampling.seed)
+            return loading.dummy_model(
+                self.config, self.dtype, self.attention, options.sampling.seed, self.device
+            )
         self.watcher.stage("loading the weights")
-        return loading.load_model(self.ref, folder, self.config, self.dtype, self.attention)
+        return loading.load_model(self.ref, folder, self.config, self.dtype, self.attention, self.device)
 
     def _generate(self, model: Any, cache: Any, quiet: bool = False) -> tuple[runner.Generated, str | None]:
         watcher = Watcher() if quiet else self.watcher
@@ -231,7 +255,7 @@ class Session:
         new_tokens = max(len(row) for row in result.tokens)
         record: dict[str, Any] = {
             "model": self.options.model,
-            "device": "cpu",
+            "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),
             "weights": "dummy" if self.dummy else "real",
             "prefill_chunk": self.prefill.chunk,

@@ -35,8 +35,9 @@ class CacheSettings:
     weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
     its K and V do not fit the budget. pipeline: what may travel while a layer computes. live: tensors change
     paths as the memory changes. write_cap: bytes that may be written in all, or None. governor_trace: a file
-    for the governor's decisions. cgroup: the one that holds this process to the budget, None where nothing
-    does; whoever entered it leaves it."""
+    for the governor's decisions. ring: what a device with memory of its own has for the K and V that are
+    under way, None where there is none. cgroup: the one that holds this process to the budget, None where
+    nothing does; whoever entered it leaves it."""
 
     nvme: str | None
     budget: int
@@ -55,6 +56,7 @@ class CacheSettings:
     live: bool = False
     write_cap: int | None = None
     governor_trace: Path | None = None
+    ring: int | None = None
     timeout_s: float = 60.0
     cgroup: BudgetCgroup | None = None
 

@@ -12,14 +12,15 @@ from typing import Any
 
 from dualblade.paths.base import Ticket
 from dualblade.units import round_up
-from spdk_glue import PAGE, Region
+from spdk_glue import PAGE, Event, Region
 
 
 class Slot:
     """address: of the first row. view: what the device made of the memory. fills: reads under way;
-    drains: writes under way. generation counts leases."""
+    drains: writes under way. generation counts leases. copies: of a device out of this memory, each with the
+    generation that it is of."""
 
-    __slots__ = ("address", "drains", "fills", "generation", "offset", "owner", "view")
+    __slots__ = ("address", "copies", "drains", "fills", "generation", "offset", "owner", "view")
 
     def __init__(self, address: int, offset: int):
         self.address = address
@@ -29,6 +30,7 @@ class Slot:
         self.generation = 0
         self.fills: list[Ticket] = []
         self.drains: list[Ticket] = []
+        self.copies: list[tuple[int, Event]] = []
 
     def __repr__(self) -> str:
         return f"<Slot of {self.owner}, {len(self.fills)} reads, {len(self.drains)} writes>"

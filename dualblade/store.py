@@ -28,8 +28,21 @@ LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this,
 
 
 class Device(Protocol):
-    """What the store asks of a device (see device.py)."""
+    """What the store, and who measures it, ask of a device (see device.py); one store closes it. where: as
+    torch names it."""
 
+    where: Any
+    reads_in_place: bool
+
+    def adopt(self, region: Region, unit: int) -> None: ...
+    def forget(self, region: Region) -> None: ...
+    def close(self) -> bool: ...
+    def move(
+        self, path: StoragePath, op: int, key: TensorKey, pieces: Sequence[Piece], slot: Slot | None
+    ) -> Ticket: ...
+    def bring(self, pieces: Sequence[Piece]) -> None: ...
+    def synchronize(self) -> None: ...
+    def copy_seconds(self, pieces: Sequence[Piece]) -> float: ...
     def open(
         self, region: Region | FileRegion, offset: int, runs: int, capacity: int, head_dim: int
     ) -> Any: ...
@@ -96,7 +109,8 @@ class KVStore:
         self._entered_at = 0.0
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
-        self.in_place = InPlace(device, paths, self.reads_in_place and not checksum)
+        in_place = self.reads_in_place and device.reads_in_place
+        self.in_place = InPlace(device, paths, in_place and not checksum)
         self._tails, self.tensors = self._make_tensors(specs, layouts)
         self._make_pool(capacity)
 
@@ -107,6 +121,7 @@ class KVStore:
     ) -> tuple[Region, dict[TensorKey, Tensor]]:
         nbytes = max(PAGE, sum(layouts[spec.key].block_bytes for spec in specs))
         region = Region(nbytes, hugepages=False, of_env=self._of_env)
+        self.device.adopt(region, region.size)
         tensors, offset = {}, 0
         for spec in specs:
             layout = layouts[spec.key]
@@ -121,6 +136,7 @@ class KVStore:
         self.capacity = max((layout.capacity_for(capacity) for layout in layouts), default=0)
         slot_bytes = max((layout.slot_bytes(self.capacity) for layout in layouts), default=0)
         self.pool = SlotPool(self._slots, slot_bytes, self._of_env)
+        self.device.adopt(self.pool.region, max(PAGE, self.pool.slot_bytes))
         for path in self.paths.values():
             path.register(self.pool.region)
 
@@ -272,10 +288,13 @@ class KVStore:
 
     def _transfers(self, op: int, tensor: Tensor, slot: Slot, first: int, end: int) -> list[Ticket]:
         """Move blocks [first, end) between the slot and their rooms: one transfer a path."""
-        return self._start(op, tensor, tensor.pieces(slot.address, self.capacity, first, end))
+        return self._start(op, tensor, tensor.pieces(slot.address, self.capacity, first, end), slot)
 
-    def _start(self, op: int, tensor: Tensor, pieces: Mapping[PathKind, Sequence[Piece]]) -> list[Ticket]:
-        tickets = [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+    def _start(
+        self, op: int, tensor: Tensor, pieces: Mapping[PathKind, Sequence[Piece]], slot: Slot
+    ) -> list[Ticket]:
+        move, key = self.device.move, tensor.spec.key
+        tickets = [move(self.paths[kind], op, key, parts, slot) for kind, parts in pieces.items()]
         if self.mover is not None:
             tensor.transfers = [ticket for ticket in tensor.transfers if not ticket.done()] + tickets
         return tickets
@@ -340,10 +359,16 @@ class KVStore:
 
     def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
         if tensor.checksums:
+            self._bring(tensor, slot.address, first, end)
             tensor.checksums.remember(self.pool.rows(slot), tensor.head_stride(self.capacity), first, end)
         tickets = self._transfers(WRITE, tensor, slot, first, end)
         slot.drains += tickets
         tensor.writes += tickets
+
+    def _bring(self, tensor: Tensor, address: int, first: int, end: int) -> None:
+        """Blocks [first, end) are in host memory afterwards."""
+        for pieces in tensor.pieces(address, self.capacity, first, end).values():
+            self.device.bring(pieces)
 
     def _keep_tail(self, tensor: Tensor, slot: Slot, count: int) -> None:
         block = tensor.full * tensor.layout.block_tokens
@@ -380,6 +405,7 @@ class KVStore:
         self.pool.drain()
         for path in self.paths.values():
             path.queue.unregister(self.pool.region)
+        self.device.forget(self.pool.region)
         self.pool.region.close()
         self._make_pool(max(tokens, 2 * self.capacity))
 
@@ -401,7 +427,8 @@ class KVStore:
 
     def _read_tail(self, tensor: Tensor, block: int) -> None:
         path = self.paths[tensor.segment_of(block).room.path]
-        path.transfer(READ, tensor.spec.key, tensor.tail_pieces(block, self._tails.address)).wait()
+        pieces = tensor.tail_pieces(block, self._tails.address)
+        self.device.move(path, READ, tensor.spec.key, pieces, None).wait()
         if tensor.checksums:
             rows = self._tails.buffer(tensor.tail_offset, tensor.layout.block_bytes)
             tensor.checksums.verify(rows, tensor.layout.run_bytes, 1, tensor.offset_of, first=block)
@@ -469,6 +496,7 @@ class KVStore:
             except DualBladeError as error:
                 given_up += 1
                 self.failure = self.failure or error
+        given_up += not self.device.close()
         for region in (self.pool.region, self._tails, *([self.mover.region] if self.mover else [])):
             region.abandon() if given_up else region.close()
         if self.failure is not trouble:

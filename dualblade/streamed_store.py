@@ -175,7 +175,7 @@ class StreamedStore(KVStore):
     def _move(self, op: int, tensor: Tensor, slot: Slot, origin: int, first: int, end: int) -> list[Ticket]:
         """Move blocks [first, end) between their rooms and a slot that begins with block `origin`."""
         address = slot.address - origin * tensor.layout.run_bytes
-        return self._start(op, tensor, tensor.pieces(address, self.capacity, first, end))
+        return self._start(op, tensor, tensor.pieces(address, self.capacity, first, end), slot)
 
     def _await_chunk(self, tensor: Tensor, slot: Slot, chunk: _Chunk) -> None:
         begun = time.perf_counter()
@@ -315,6 +315,7 @@ class StreamedStore(KVStore):
         """The slot holds blocks [first, end), and goes back to the pool when they are written."""
         if tensor.checksums:
             stride = tensor.head_stride(self.capacity)
+            self._bring(tensor, slot.address - first * tensor.layout.run_bytes, first, end)
             tensor.checksums.remember(self.pool.rows(slot), stride, first, end, origin=first)
         tickets = self._move(WRITE, tensor, slot, first, first, end)
         slot.drains += tickets

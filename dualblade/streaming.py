@@ -42,18 +42,19 @@ class Visible:
         too_late = begin >= self.offset + last
         return too_late or (self.window is not None and end <= self.offset + first - self.window + 1)
 
-    def masks(self, first: int, last: int, begin: int, end: int) -> Iterator[torch.Tensor]:
+    def masks(
+        self, first: int, last: int, begin: int, end: int, device: torch.device | None = None
+    ) -> Iterator[torch.Tensor]:
         """What hides keys [begin, end) from queries [first, last), if anything; broadcastable."""
         if self.mask is not None:
             rows = slice(first, last) if self.mask.shape[-2] > 1 else slice(None)
             keys = slice(begin, end) if self.mask.shape[-1] > 1 else slice(None)
             yield self.mask[..., rows, keys]
         if self.offset is not None and (self.window is not None or end > self.offset + first + 1):
-            yield self._band(first, last, begin, end)
+            yield self._band(first, last, begin, end, device)
 
-    def _band(self, first: int, last: int, begin: int, end: int) -> torch.Tensor:
+    def _band(self, first: int, last: int, begin: int, end: int, device: torch.device | None) -> torch.Tensor:
         assert self.offset is not None
-        device = self.mask.device if self.mask is not None else None
         position = torch.arange(first, last, device=device)[:, None] + self.offset
         key = torch.arange(begin, end, device=device)
         seen = key <= position
@@ -169,7 +170,7 @@ def _add_piece(
         k = keys[:, :, at:stop].to(torch.float32).flatten(0, 1)
         v = values[:, :, at:stop].to(torch.float32).flatten(0, 1)
         for tile in seeing:
-            tile.add(k, v, visible.masks(tile.first, tile.last, *span), softcap)
+            tile.add(k, v, visible.masks(tile.first, tile.last, *span, k.device), softcap)
 
 
 def _keys_at_once(keys: torch.Tensor, queries: int) -> int:

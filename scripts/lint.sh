@@ -19,7 +19,7 @@ check() {
 
 c_sources() {
     local source words flags bad=0
-    for source in spdk_glue/csrc/*.c tests/c/*.c; do
+    for source in spdk_glue/csrc/*.c tests/c/*.c tests/c/*/*.c; do
         flags=()
         case "${source##*/}" in
             no_*) ;;

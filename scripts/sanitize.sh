@@ -28,6 +28,7 @@ sources=()
 for source in "$csrc"/*.c; do
     case "${source##*/}" in
         no_uring.c) [ $uring = yes ] || sources+=("$source") ;;
+        no_cuda.c) ;;
         no_*) sources+=("$source") ;;
         *uring*) [ $uring = no ] || sources+=("$source") ;;
         *_spdk.c) ;; # its libraries are not instrumented
@@ -36,9 +37,11 @@ for source in "$csrc"/*.c; do
 done
 
 mkdir -p "$out"
+"${CC:-cc}" -std=gnu11 -g -Wall -Wextra "${flags[@]}" -I"$csrc" -shared -fPIC tests/c/emulator/cuda_emulator.c -pthread \
+    -o "$out/libcuda.so.1"
 for program in tests/c/*.c; do
     command=("${CC:-cc}" -std=gnu11 -g -Wall -Wextra "${flags[@]}" -I"$csrc" "$program" "${sources[@]}"
-        "${libraries[@]}" -pthread -o "$out/$(basename "$program" .c)")
+        "${libraries[@]}" -pthread -ldl -o "$out/$(basename "$program" .c)")
     [ "${V:-0}" = 1 ] && echo "${command[*]}"
     "${command[@]}"
 done

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asynchronous block I/O in C. Knows nothing of tensors or models."""
 
+from spdk_glue.cuda import TO_DEVICE, TO_HOST, Copier, Copies, DevicePiece, Event, Gpu, all_done
 from spdk_glue.env import Environment, environment, last_words, spdk_version, start_environment
 from spdk_glue.errors import (
     Completion,
@@ -12,6 +13,7 @@ from spdk_glue.errors import (
 )
 from spdk_glue.files import CachedPages, FileFacts, cached_bytes, cached_pages, file_facts, punch
 from spdk_glue.memory import PAGE, FileRegion, Region
+from spdk_glue.pieces import Piece, plain
 from spdk_glue.queue import (
     FLUSH,
     READ,
@@ -20,18 +22,17 @@ from spdk_glue.queue import (
     Medium,
     MemOptions,
     NvmeOptions,
-    Piece,
     Queue,
     QueueOptions,
     QueueStats,
     engines,
-    plain,
 )
 
 __all__ = [
-    "FLUSH", "PAGE", "READ", "TRIM", "WRITE", "CachedPages", "Completion", "Environment", "FileFacts",
-    "FileRegion", "GlueError", "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue",
-    "QueueOptions", "QueueStats", "Region", "TransferError", "TransferTimeout", "cached_bytes",
-    "cached_pages", "engines", "environment", "file_facts", "last_words", "plain", "punch", "spdk_version",
-    "start_environment", "why_no_uring",
+    "FLUSH", "PAGE", "READ", "TO_DEVICE", "TO_HOST", "TRIM", "WRITE", "CachedPages", "Completion", "Copier",
+    "Copies", "DevicePiece", "Environment", "Event", "FileFacts", "FileRegion", "GlueError", "Gpu",
+    "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions", "QueueStats",
+    "Region", "TransferError", "TransferTimeout", "all_done", "cached_bytes", "cached_pages", "engines",
+    "environment", "file_facts", "last_words", "plain", "punch", "spdk_version", "start_environment",
+    "why_no_uring",
 ]  # fmt: skip

@@ -20,7 +20,8 @@ from _find_spdk import find_spdk, pkg_config
 CSRC = Path(__file__).parent / "csrc"
 URING_SOURCES = ["ring_uring.c", "engine_uring.c", "engine_uring_cmd.c", "nvme_generic.c"]
 SPDK_SOURCES = ["env_spdk.c", "keys_spdk.c", "controller_spdk.c", "engine_spdk.c"]
-COMMON = ["queue.c", "io_thread.c", "memory.c", "engine_posix.c", "engine_mem.c", "engine_null.c"]
+CUDA_SOURCES = ["cuda_driver.c", "copy_cuda.c", "memory_cuda.c", "event_cuda.c", "copies_cuda.c"]
+COMMON = ["queue.c", "io_thread.c", "cut.c", "memory.c", "engine_posix.c", "engine_mem.c", "engine_null.c"]
 
 
 def declarations() -> str:
@@ -52,6 +53,11 @@ def spdk_parts() -> tuple[list[str], list[str], list[str]]:
     return SPDK_SOURCES, found.compile_args, found.link_args
 
 
+def cuda_sources() -> list[str]:
+    """The driver library is looked for at run time, so these build everywhere."""
+    return ["no_cuda.c"] if os.environ.get("DUALBLADE_NO_CUDA") else CUDA_SOURCES
+
+
 def make_builder() -> FFI:
     uring_sources, libraries = uring_parts()
     spdk_sources, includes, spdk_links = spdk_parts()
@@ -62,10 +68,12 @@ def make_builder() -> FFI:
     builder.set_source(
         "spdk_glue._glue",
         '#include "glue_api.h"',
-        sources=[os.path.relpath(CSRC / name) for name in (*COMMON, *uring_sources, *spdk_sources)],
+        sources=[
+            os.path.relpath(CSRC / name) for name in (*COMMON, *cuda_sources(), *uring_sources, *spdk_sources)
+        ],
         depends=[os.path.relpath(path) for path in sorted(CSRC.glob("*.[ch]"))],
         include_dirs=[os.path.relpath(CSRC)],
-        libraries=["pthread", *libraries],
+        libraries=["pthread", "dl", *libraries],
         extra_compile_args=[*flags, *includes, *sanitize],
         extra_link_args=[*spdk_links, *sanitize],
     )

@@ -23,6 +23,7 @@ class Completion:
     result: bytes moved, or -errno. offset: byte offset of the command that failed.
     sct, sc: NVMe status code type and status code where the medium gave them, else 0, 0.
     memory_at_risk: the medium may still write to the transfer's memory, which must be kept for ever.
+    device_error: what the device's driver answered where a copy could not be started, else 0.
     begun_s, ended_s: when its first command was sent and its last one had completed, as time.monotonic().
     """
 
@@ -35,6 +36,7 @@ class Completion:
     memory_at_risk: bool = False
     begun_s: float = field(default=0.0, compare=False)
     ended_s: float = field(default=0.0, compare=False)
+    device_error: int = 0
 
 
 _REASONS = {
@@ -48,16 +50,16 @@ _REASONS = {
 
 
 class TransferError(GlueError):
-    """A transfer failed. `completion` is its record."""
+    """A transfer failed. `completion` is its record; reason: where it is not the errno's."""
 
-    def __init__(self, completion: Completion):
+    def __init__(self, completion: Completion, reason: str | None = None):
         code = -completion.result
         status = (
             f", NVMe status sct={completion.sct:#x} sc={completion.sc:#x}"
             if completion.sct or completion.sc
             else ""
         )
-        reason = _REASONS.get(code) or os.strerror(code)
+        reason = reason or _REASONS.get(code) or os.strerror(code)
         super().__init__(code, f"{reason} at byte {completion.offset}{status}")
         self.completion = completion
 

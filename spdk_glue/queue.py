@@ -8,9 +8,10 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from spdk_glue._ffi import ffi, lib
+from spdk_glue.cuda import Copier, Copies, Event, last_error
 from spdk_glue.env import first_words, take_log
 from spdk_glue.errors import (
     Completion,
@@ -22,6 +23,7 @@ from spdk_glue.errors import (
     why_no_uring,
 )
 from spdk_glue.memory import Region
+from spdk_glue.pieces import Piece, plain
 
 READ, WRITE, TRIM, FLUSH = 0, 1, 2, 3
 FileEngine = Literal["auto", "uring", "posix"]
@@ -32,33 +34,6 @@ _BATCH = 64
 _NVME_ENGINES = ("spdk", "uring_cmd")
 _MEDIUM_TEXTS = ("transport", "serial", "model", "firmware", "uuid")
 _SLICE_S = 0.2
-
-
-class Piece(NamedTuple):
-    """A strided part of a transfer, all in bytes.
-
-    On the medium: contiguous from `offset`, block after block, in a block head after head, each
-    run `run_bytes` long. In memory run (block b, head h) begins at
-    address + b * block_stride + h * head_stride.
-    """
-
-    offset: int
-    address: int
-    head_stride: int
-    block_stride: int
-    run_bytes: int
-    heads: int = 1
-    blocks: int = 1
-    file: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.run_bytes * self.heads * self.blocks
-
-
-def plain(offset: int, address: int, nbytes: int, file: int = 0) -> Piece:
-    """One contiguous buffer."""
-    return Piece(offset, address, 0, 0, nbytes, 1, 1, file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +142,7 @@ class Queue:
         self._waiting: set[int] = set()
         self._done: dict[int, Completion] = {}
         self._registered: dict[int, memoryview] = {}
+        self._copier: Copier | None = None
         self._batch = ffi.new("glue_completion[]", _BATCH)
         self._queue: Any = None
         error = ffi.new("int *")
@@ -254,20 +230,48 @@ class Queue:
 
     # submit ---------------------------------------------------------------------------------
 
-    def try_submit(self, op: int, pieces: Sequence[Piece]) -> int | None:
-        """The transfer's tag, or None while the queue is full. Raises GlueError."""
+    def try_submit(
+        self, op: int, pieces: Sequence[Piece], copies: Copies | None = None, after: Sequence[Event] = ()
+    ) -> int | None:
+        """The transfer's tag, or None while the queue is full. copies: of a READ, started as its bytes
+        arrive; it is complete when all are started. after: it starts when these events are done.
+        Raises GlueError."""
         c_pieces = ffi.new("glue_piece[]", [(*piece, 0) for piece in pieces])
         tag = self._next_tag
-        if not check(lib.glue_submit(self._open(), op, tag, c_pieces, len(pieces)), "submit"):
+        result = self._submit(op, tag, c_pieces, len(pieces), copies, after)
+        if result < 0 and (copies or after) and (reason := last_error()):
+            raise GlueError(-result, f"submit: {reason}")
+        if not check(result, "submit"):
             return None
         self._next_tag += 1
         self._waiting.add(tag)
         return tag
 
-    def submit(self, op: int, pieces: Sequence[Piece], timeout: float = 60.0) -> int:
+    def _submit(
+        self, op: int, tag: int, pieces: Any, count: int, copies: Copies | None, after: Sequence[Event]
+    ) -> int:
+        if copies is None and not after:
+            return int(lib.glue_submit(self._open(), op, tag, pieces, count))
+        self._copier = after[0].copier if copies is None else copies.copier
+        wanted: Any = ffi.NULL
+        if copies is not None:
+            device = ffi.new("glue_device_piece[]", list(copies.pieces))
+            c_copies = (copies.copier.handle, copies.stream, device, copies.event.handle)
+            wanted = ffi.new("glue_copies *", c_copies)
+        events = ffi.new("glue_event *[]", [event.handle for event in after])
+        return int(lib.glue_submit_copied(self._open(), op, tag, pieces, count, wanted, events, len(after)))
+
+    def submit(
+        self,
+        op: int,
+        pieces: Sequence[Piece],
+        timeout: float = 60.0,
+        copies: Copies | None = None,
+        after: Sequence[Event] = (),
+    ) -> int:
         """The transfer's tag; waits for room. Raises GlueError, TransferTimeout."""
         deadline = time.monotonic() + timeout
-        while (tag := self.try_submit(op, pieces)) is None:
+        while (tag := self.try_submit(op, pieces, copies, after)) is None:
             if not self._reap(1, min(_SLICE_S, deadline - time.monotonic())) and time.monotonic() >= deadline:
                 raise TransferTimeout(
                     errno.ETIMEDOUT, f"the {self.engine} queue stayed full for {timeout:g} s"
@@ -300,8 +304,13 @@ class Queue:
         self._waiting.discard(tag)
         completion = self._done.pop(tag)
         if completion.result < 0:
-            raise TransferError(completion)
+            raise TransferError(completion, self._device_error(completion))
         return completion
+
+    def _device_error(self, completion: Completion) -> str | None:
+        if not completion.device_error or self._copier is None:
+            return None
+        return f"the device refused a copy: {self._copier.error_name(completion.device_error)}"
 
     def run(self, op: int, pieces: Sequence[Piece], timeout: float = 60.0) -> Completion:
         """submit() and wait()."""
@@ -320,6 +329,7 @@ class Queue:
             self._done[record.tag] = Completion(
                 record.tag, record.result, record.offset, record.sct, record.sc, record.file,
                 bool(record.memory_at_risk), record.begun_ns / 1e9, record.ended_ns / 1e9,
+                record.device_error,
             )  # fmt: skip
         return count
 
@@ -376,6 +386,11 @@ class Queue:
         """Transfers use the environment's memory alone (Region(of_env=True))."""
         medium = self.medium()
         return medium is not None and not medium.any_memory
+
+    @property
+    def moves_bytes(self) -> bool:
+        """What completes has been read or written."""
+        return self.engine != "null"
 
     @property
     def polls(self) -> bool:

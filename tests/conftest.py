@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
@@ -121,9 +123,43 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"FAILED: REQUIRE={need}, but no test ran for it", red=True)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(request: pytest.FixtureRequest) -> Generator[None, None, None]:
+    """Where there is a GPU, only tests that need one see it; the others are about the CPU."""
+    if "gpu" in needs_of(request.node):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")  # for children
+        if torch := sys.modules.get("torch"):
+            patched.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture
 def direct_dir(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A folder of this test's own where O_DIRECT works."""
     if reason := needs.direct_problem(tmp_path):
         missing(request.config, "o_direct", reason)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulated CUDA driver."""
+    from emulated_cuda import build
+
+    return build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def cuda(cuda_library: Path) -> Generator[Any, None, None]:
+    """The emulated driver with a context and a compute stream, which must be left as they were found."""
+    from emulated_cuda import Driver
+
+    driver = Driver(cuda_library)
+    yield driver
+    driver.script()
+    driver.close()
+    left = {name: count for name, count in driver.counts().items() if not name.startswith("copie")}
+    assert not any(left.values()), f"left behind: {left}"

@@ -20,6 +20,7 @@ import torch
 
 from dualblade import loading, models
 from dualblade.bench.tensors import RawPath
+from dualblade.device_cuda import find_accelerator
 from dualblade.errors import ConfigError
 from dualblade.hf import DualBladeCache
 from dualblade.settings import CacheSettings
@@ -34,7 +35,7 @@ FILL = 2048  # tokens written at once
 
 @dataclass(frozen=True, slots=True)
 class StepBench:
-    """context: tokens of KV. rounds: times that each of the three is measured, in turn."""
+    """context: tokens of KV. rounds: times that each part is measured, in turn. device: as for `run`."""
 
     model: str
     settings: CacheSettings
@@ -42,6 +43,7 @@ class StepBench:
     batch: int = 1
     rounds: int = 5
     dtype: str | None = None
+    device: str = "cpu"
 
 
 class NoStorage(RawPath):
@@ -61,9 +63,11 @@ def run_step_bench(bench: StepBench, say: Callable[[str], None]) -> tuple[dict[s
     dtype = models.pick_dtype(config, bench.dtype)
     models.check_context(config, bench.context + 1)
     say("dummy weights: random values of the model's shapes")
-    model = loading.dummy_model(config, dtype, "sdpa", 0)
-    settings = replace(bench.settings, weights=models.weight_bytes(model))
-    with torch.inference_mode(), _cache(bench, settings, config, dtype) as cache:
+    accelerator = find_accelerator(bench.device)
+    model = loading.dummy_model(config, dtype, "sdpa", 0, accelerator.name if accelerator else "cpu")
+    elsewhere = accelerator is not None and not accelerator.unified
+    settings = replace(bench.settings, weights=0 if elsewhere else models.weight_bytes(model))
+    with torch.inference_mode(), _cache(bench, settings, config, model) as cache:
         say(f"writing {bench.context} tokens of random KV")
         context = _fill(cache, bench)
         step = partial(_step, model, cache, bench.batch, context)
@@ -77,13 +81,14 @@ def run_step_bench(bench: StepBench, say: Callable[[str], None]) -> tuple[dict[s
     return record, trace
 
 
-def _cache(bench: StepBench, settings: CacheSettings, config: Any, dtype: torch.dtype) -> DualBladeCache:
+def _cache(bench: StepBench, settings: CacheSettings, config: Any, model: Any) -> DualBladeCache:
     return DualBladeCache(
         config,
         mem_budget=settings.budget,
         max_tokens=bench.context + 64,
         batch_size=bench.batch,
-        dtype=dtype,
+        dtype=model.dtype,
+        device=model.device,
         settings=settings,
     )
 
@@ -100,7 +105,7 @@ def _fill(cache: DualBladeCache, bench: StepBench) -> int:
         spec = store.tensors[key].spec
         for at in range(0, tokens, FILL):
             shape = (bench.batch, spec.heads, min(FILL, tokens - at), spec.head_dim)
-            rows = torch.randn(shape).to(cache.dtype)
+            rows = torch.randn(shape).to(store.device.where, cache.dtype)
             cache.exchange_both(key.layer, rows, rows)
     store.flush()
     return tokens
@@ -111,9 +116,11 @@ def _fill(cache: DualBladeCache, bench: StepBench) -> int:
 
 def _step(model: Any, cache: DualBladeCache, batch: int, context: int) -> float:
     """Seconds of one token. It is taken back afterwards, so that every step is the same."""
-    ids = torch.zeros(batch, 1, dtype=torch.long)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    positions = torch.full_like(ids, context)
     begun = time.perf_counter()
-    model(input_ids=ids, position_ids=torch.full((batch, 1), context), past_key_values=cache)
+    model(input_ids=ids, position_ids=positions, past_key_values=cache)
+    cache.storage.store.device.synchronize()
     seconds = time.perf_counter() - begun
     for layer in {key.layer for key in cache.storage.store.tensors}:
         cache.crop_layer(layer, context)
@@ -126,6 +133,7 @@ def _one_round(store: KVStore, step: Callable[[], float]) -> dict[str, float]:
     made = {"step_s": step()}
     made["stall_s"] = store.stall_s - stalled
     made["storage_s"] = _storage(store)
+    made["copy_s"] = _copies(store)
     with _without_storage(store):
         step()
         made["compute_s"] = step()
@@ -138,6 +146,15 @@ def _storage(store: KVStore) -> float:
     begun = time.perf_counter()
     _load_all(store)
     return time.perf_counter() - begun
+
+
+def _copies(store: KVStore) -> float:
+    """Seconds in which a device fetches every tensor from a slot, with nothing else to do; 0 where attention
+    reads the slots themselves."""
+    store.flush()
+    slot = store.pool.slots[0].address
+    parts = [tensor.pieces(slot, store.capacity, 0, tensor.full) for tensor in store.tensors.values()]
+    return store.device.copy_seconds([piece for part in parts for many in part.values() for piece in many])
 
 
 def _load_all(store: KVStore) -> None:
@@ -211,7 +228,7 @@ def _record(
     return {
         "model": bench.model,
         "dtype": str(cache.dtype).removeprefix("torch."),
-        "device": "cpu",
+        "device": str(cache.storage.store.device.where),
         "context": context,
         "batch_size": bench.batch,
         "mode": report["pipeline"]["mode"],
@@ -221,10 +238,9 @@ def _record(
         "kv_bytes": report["memory"]["kv_bytes"],
         "staging_bytes": report["memory"]["staging_bytes"],
         **medians,
-        "copy_s": 0.0,  # attention reads the slots themselves
         "compute_with_io_s": statistics.median(made["step_s"] - made["stall_s"] for made in rounds),
         "overlap_efficiency": statistics.median(
-            max(made["storage_s"], made["compute_s"]) / made["step_s"] for made in rounds
+            max(made["storage_s"], made["copy_s"], made["compute_s"]) / made["step_s"] for made in rounds
         ),
         "paths": {name: path["bytes"] for name, path in report["paths"].items()},
         "rounds": rounds,

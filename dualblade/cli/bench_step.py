@@ -23,6 +23,7 @@ _PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum
 @click.option("--model", default="llama-3.2-1b", show_default=True, help="An alias or a local folder.")
 @click.option("--mem-budget", default="4G", show_default=True, metavar="SIZE", help="As for `run`.")
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of KV.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
 @click.option("--kv-path", type=click.Choice(list(KV_PATHS)), default="direct", show_default=True)
@@ -64,6 +65,7 @@ def step(as_json: bool, trace: Path | None, plot: Path | None, scripted: bool, *
         options["batch_size"],
         options["rounds"],
         options["dtype"],
+        options["device"],
     )
     record, timeline = run_step_bench(bench, lambda text: screen.print(f"[dim]{text}[/dim]"))
     if trace:
@@ -118,6 +120,7 @@ def _show(record: dict[str, Any], timeline: list[str]) -> None:
     names = {
         "step_s": "one step",
         "storage_s": "its storage alone",
+        "copy_s": "its copies to the device alone",
         "compute_s": "its compute alone",
         "compute_with_io_s": "compute while transfers run",
         "stall_s": "waited for storage",
@@ -126,6 +129,6 @@ def _show(record: dict[str, Any], timeline: list[str]) -> None:
         ("measured", "ms (median)"), [(title, f"{record[name] * 1e3:.1f}") for name, title in names.items()]
     )
     click.echo(f"{record['prefetch_depth']} layers fetched ahead ({record['mode']})")
-    click.echo(f"overlap efficiency, max(storage, compute) / step: {record['overlap_efficiency']:.2f}")
+    click.echo(f"overlap efficiency, max(storage, copy, compute) / step: {record['overlap_efficiency']:.2f}")
     for line in timeline:
         click.echo(line)

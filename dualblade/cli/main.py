@@ -20,6 +20,7 @@ from dualblade import __version__
 from dualblade.errors import DualBladeError, UsageError
 
 PROGRAM = "dualblade-spdk"
+DEVICE_MEMORY_HINT = "take a smaller --prefill-chunk, batch or context, leave out --verify, or --device cpu"
 COMMANDS = {
     "run": "Generate text with the KV cache offloaded.",
     "plan": "Show which tensor goes where and why; touches nothing.",
@@ -144,6 +145,8 @@ def _usage(error: click.ClickException, words: list[str]) -> int:
 def _internal(error: Exception, debug: bool) -> int:
     if type(error).__name__ == "NotBuiltError":  # by name: spdk_glue itself may be what cannot be imported
         _complain(str(error), f"{PROGRAM} doctor names what is missing")
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's
+        _complain(f"the device ran out of memory: {str(error).split('. ')[0]}", DEVICE_MEMORY_HINT)
     elif debug:
         traceback.print_exc()
     else:

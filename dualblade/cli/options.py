@@ -30,6 +30,13 @@ _OPTIONS: list[Callable[[Any], Any]] = [
     ),
     click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True),
     click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="What computes; auto: a CUDA device that torch finds, else the CPU.",
+    ),
+    click.option(
         "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]"
     ),
     click.option(

@@ -33,6 +33,7 @@ def plan(as_json: bool, context: int, **options: Any) -> None:
             max_new_tokens=1,
             batch_size=options["batch_size"],
             dtype=options["dtype"],
+            device=options["device"],
             chunk=options["prefill_chunk"],
             weights=options["weights"],
         ),
@@ -60,8 +61,8 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "prefill_chunk": session.prefill.chunk,
         "prefill_span": session.prefill.span,
         "prefill_reread_bytes": session.prefill.reread(context - 1) * sum(s.token_bytes for s in made.specs),
-        "device": "cpu",
-        "device_bytes": device_bytes(made),
+        "device": session.device,
+        "device_bytes": device_bytes(made, session.forecast),
         "memory": {
             "budget_bytes": made.request.budget,
             "weights_bytes": footprint.weights_bytes,

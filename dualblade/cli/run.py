@@ -30,7 +30,6 @@ from dualblade.units import format_size
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--attention", type=click.Choice(["sdpa", "eager"]), default="sdpa", show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
@@ -52,8 +51,6 @@ from dualblade.units import format_size
 @click.pass_obj
 def run(obj: dict[str, Any], as_json: bool, report: Path | None, enforce: bool, **options: Any) -> None:
     """Generate text with the KV cache offloaded."""
-    if options["device"] == "cuda":
-        raise UsageError("this version computes on the CPU only", "leave --device out")
     _one_prompt(options)
     if report:
         _check_report(report)
@@ -107,6 +104,7 @@ def _run_options(options: dict[str, Any], settings: Any) -> Any:
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
         dtype=options["dtype"],
+        device=options["device"],
         attention=options["attention"],
         chunk=options["prefill_chunk"],
         weights=options["weights"],

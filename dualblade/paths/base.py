@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dualblade.errors import CapacityError, StorageError
@@ -12,7 +12,18 @@ from dualblade.layout import PAGE
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.trace import Trace
 from dualblade.units import format_size
-from spdk_glue import READ, WRITE, FileRegion, Piece, Queue, Region, TransferError, TransferTimeout
+from spdk_glue import (
+    READ,
+    WRITE,
+    Copies,
+    Event,
+    FileRegion,
+    Piece,
+    Queue,
+    Region,
+    TransferError,
+    TransferTimeout,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +38,20 @@ class Room:
 
 
 class Ticket:
-    """A transfer under way for one tensor. wait() any number of times; a failure is raised each time."""
+    """A transfer under way for one tensor. wait() any number of times; a failure is raised each time.
+    then: called once, when it was waited for and has succeeded."""
 
-    __slots__ = ("_error", "_path", "_tag", "key", "op")
+    __slots__ = ("_error", "_path", "_tag", "_then", "key", "op")
 
-    def __init__(self, path: StoragePath, key: TensorKey, op: int, tag: int):
+    def __init__(
+        self, path: StoragePath, key: TensorKey, op: int, tag: int, then: Callable[[], None] | None = None
+    ):
         self.key = key
         self.op = op
         self._path = path
         self._tag: int | None = tag
         self._error: StorageError | None = None
+        self._then = then
 
     def done(self) -> bool:
         """wait() will not wait."""
@@ -53,6 +68,9 @@ class Ticket:
             self._tag = None
         if self._error is not None:
             raise self._error
+        if self._then is not None:
+            self._then()
+            self._then = None
 
 
 class WriteLimit:
@@ -129,13 +147,25 @@ class StoragePath(ABC):
         """Close, and take away what opening this path had made."""
         self.close()
 
-    def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
-        """Start moving the pieces. Raises StorageError where the queue itself has failed, CapacityError
-        where `wear` allows no more writing."""
+    def transfer(
+        self,
+        op: int,
+        key: TensorKey,
+        pieces: Sequence[Piece],
+        copies: Copies | None = None,
+        after: Sequence[Event] = (),
+        then: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Start moving the pieces. copies, after: as for Queue.submit; then: as for Ticket.
+
+        Raises StorageError where the queue itself has failed, CapacityError where `wear` allows no more
+        writing.
+        """
         if op == WRITE and self.wear is not None:
             self.wear.write(sum(piece.nbytes for piece in pieces))
         try:
-            return Ticket(self, key, op, self.queue.submit(op, pieces, self.timeout_s))
+            tag = self.queue.submit(op, pieces, self.timeout_s, copies, after)
+            return Ticket(self, key, op, tag, then)
         except OSError as error:
             raise self.error_of(key, op, error) from error
 

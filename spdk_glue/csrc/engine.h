@@ -22,6 +22,8 @@ struct command {
     struct iovec *iov;    /* owned by the queue, iov_capacity long */
     unsigned first, niov; /* iov[first .. first + niov) is still to move */
     uint64_t span;        /* TRIM: how many bytes */
+    uint32_t piece;       /* of the transfer, and where in it the command begins */
+    uint64_t begin;
     uint64_t range[2];    /* uring_cmd: what TRIM hands to the controller */
     int registered;       /* uring_cmd: it was sent with a registered buffer */
     uint64_t due_ns;      /* mem: when it completes; spdk: when it has taken too long */

@@ -20,7 +20,7 @@ static int null_open(void **self, glue_options *options)
     if (!engine)
         return -ENOMEM;
     pthread_mutex_init(&engine->lock, NULL);
-    pthread_cond_init(&engine->awake, NULL);
+    cond_init_monotonic(&engine->awake);
     *self = engine;
     return 0;
 }
@@ -43,8 +43,14 @@ static int null_wait(void *self, struct event *out, unsigned max, int64_t timeou
         out[count] = (struct event){.command = command, .result = (int64_t)command->bytes};
     }
     pthread_mutex_lock(&engine->lock);
-    while (!count && !engine->woken && timeout_ns < 0)
-        pthread_cond_wait(&engine->awake, &engine->lock);
+    struct timespec deadline = deadline_after(timeout_ns);
+    int late = 0;
+    while (!count && !engine->woken && !late) {
+        if (timeout_ns < 0)
+            pthread_cond_wait(&engine->awake, &engine->lock);
+        else
+            late = pthread_cond_timedwait(&engine->awake, &engine->lock, &deadline) == ETIMEDOUT;
+    }
     engine->woken = 0;
     pthread_mutex_unlock(&engine->lock);
     return (int)count;

@@ -8,6 +8,8 @@
 #include <stdint.h>
 
 typedef struct glue_queue glue_queue;
+typedef struct glue_copier glue_copier;
+typedef struct glue_event glue_event;
 
 enum {
     GLUE_READ = 0,
@@ -33,6 +35,33 @@ typedef struct {
     uint32_t reserved;
 } glue_piece;
 
+/* Where the device has what a piece names in host memory: run (block b, head h) at
+ * address + b * block_stride + h * head_stride. */
+typedef struct {
+    uint64_t address;
+    uint64_t head_stride;
+    uint64_t block_stride;
+} glue_device_piece;
+
+/* What a READ copies to a device: one device piece for each of its pieces. The event is recorded on
+ * `stream` behind the last copy; until then it is neither done nor may a stream wait for it. */
+typedef struct {
+    glue_copier *copier;
+    uint64_t stream;
+    const glue_device_piece *pieces;
+    glue_event *event;
+} glue_copies;
+
+/* A GPU. host_pointers: kernels may use registered host memory at its own address. */
+typedef struct {
+    char name[96];
+    uint32_t integrated; /* its memory is the machine's */
+    uint32_t host_pointers;
+} glue_gpu;
+
+enum { GLUE_TO_DEVICE = 0, GLUE_TO_HOST = 1 };
+enum { GLUE_LOADS = 0, GLUE_STORES = 1 }; /* the copier's own streams */
+
 /* What became of a transfer. A failed one carries the first failure: result is -errno, offset the
  * byte offset of the command that failed, sct and sc the NVMe status type and code where the
  * medium gave one (0/0 otherwise). memory_at_risk: the medium did not confirm that it let go of the
@@ -47,6 +76,8 @@ typedef struct {
     uint32_t memory_at_risk;
     uint64_t begun_ns; /* CLOCK_MONOTONIC, when its first command was sent */
     uint64_t ended_ns; /* and when its last one had completed */
+    uint32_t device_error; /* what the device's driver answered where a copy could not be started, else 0 */
+    uint32_t reserved;
 } glue_completion;
 
 typedef struct {
@@ -167,6 +198,12 @@ glue_queue *glue_queue_open(const glue_options *options, int *error);
 /* 1 accepted, 0 the queue is full: reap, then try again. The pieces are copied. A transfer starts
  * only after every earlier one that touches the same bytes, unless both read. */
 int glue_submit(glue_queue *queue, int op, uint64_t tag, const glue_piece *pieces, uint32_t count);
+/* The same for a transfer that is tied to copies. copies: NULL, or of a READ: each command that has
+ * completed starts its part of the copies to the device, and when all have, the event is recorded behind
+ * them; the completion comes then, not when they have finished. after: the transfer starts when these
+ * events are done; one that failed fails it. The queue keeps what it needs of both. */
+int glue_submit_copied(glue_queue *queue, int op, uint64_t tag, const glue_piece *pieces, uint32_t count,
+                       const glue_copies *copies, glue_event *const *after, uint32_t num_after);
 /* Up to `max` completions into `out`; waits in the kernel until at least `min` are there or
  * timeout_ns has passed (negative: for ever). */
 int glue_reap(glue_queue *queue, glue_completion *out, uint32_t max, uint32_t min, int64_t timeout_ns);
@@ -181,6 +218,46 @@ int glue_queue_fault(glue_queue *queue, const glue_fault *fault);
 /* Gives up on what has not completed. Returns the number of transfers given up: their memory may
  * still be written by the medium, so the caller must keep it. */
 int glue_queue_close(glue_queue *queue);
+
+/* A copier moves bytes between host memory and one CUDA device, in the context that every other user of the
+ * device in this process has (its primary one). Streams are the driver's handles; 0 is the default stream.
+ * Nothing here waits for the device but glue_copier_close and _unregister. Where a call fails,
+ * glue_copier_error() says what the driver answered to this thread.
+ *
+ * library: the driver's, or NULL to look for libcuda.so.1. NULL and -ENOTSUP where there is none. */
+glue_copier *glue_copier_open(const char *library, int ordinal, int *error);
+void glue_copier_gpu(const glue_copier *copier, glue_gpu *out);
+uint64_t glue_copier_stream(const glue_copier *copier, int which);
+/* Pins host memory for copies, `chunk` bytes a call (a page's multiple); all of it or nothing. No copy may
+ * reach over the end of a chunk. */
+int glue_copier_register(glue_copier *copier, uint64_t address, uint64_t bytes, uint64_t chunk);
+/* Waits up to timeout_ms for the copies under way. -EBUSY where they do not end: the memory stays pinned
+ * and must be kept. */
+int glue_copier_unregister(glue_copier *copier, uint64_t address, uint32_t timeout_ms);
+/* The address that kernels use for registered host memory. */
+int glue_copier_device_address(glue_copier *copier, uint64_t host, uint64_t *device);
+/* Starts copies; the pieces' `offset` and `file` mean nothing. -EFAULT for memory that is not registered. */
+int glue_copier_copy(glue_copier *copier, int direction, uint64_t stream, const glue_piece *pieces,
+                     const glue_device_piece *device, uint32_t count);
+/* Work that is put on the stream from now on starts after the event. -EAGAIN where it is not recorded yet. */
+int glue_copier_wait(glue_copier *copier, uint64_t stream, glue_event *event);
+/* From here on every copy fails. Waits up to timeout_ms for those under way, then lets go of everything.
+ * 0, or -EBUSY where they do not end: registered and device memory must be kept for ever. */
+int glue_copier_close(glue_copier *copier, uint32_t timeout_ms);
+/* The caller's reference; events and transfers have their own. */
+void glue_copier_release(glue_copier *copier);
+/* Events that are neither released nor in the copier's store of free ones; bytes that are registered. */
+void glue_copier_counts(glue_copier *copier, uint32_t *events, uint64_t *registered);
+const char *glue_copier_error(void);
+/* The driver's name of one of its errors. */
+const char *glue_copier_error_name(const glue_copier *copier, uint32_t error);
+
+/* A new event is done. */
+glue_event *glue_event_new(glue_copier *copier, int *error);
+void glue_event_release(glue_event *event);
+int glue_event_record(glue_event *event, uint64_t stream);
+/* How many of the first events, up to one that is not, are done; -errno where that one failed. */
+int glue_events_done(glue_event *const *events, uint32_t count);
 
 /* `size` is rounded up to the page in use, *kind says which page that is; NULL and *error on failure. */
 void *glue_memory_alloc(uint64_t *size, int want_hugetlb, int *kind, int *error);

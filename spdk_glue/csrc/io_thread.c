@@ -8,12 +8,7 @@
 
 #include "queue.h"
 
-enum { EVENTS = 64, STORE_SHARE = 4 };
-
-static uint64_t piece_bytes(const glue_piece *piece)
-{
-    return piece->run_bytes * piece->heads * piece->blocks;
-}
+enum { EVENTS = 64, STORE_SHARE = 4, HELD_NS = 50000 };
 
 static int pieces_overlap(const struct transfer *a, const struct transfer *b)
 {
@@ -79,68 +74,6 @@ static void busy_end(glue_queue *queue, int op, uint64_t bytes)
     pthread_mutex_unlock(&queue->lock);
 }
 
-/* One more run for the command; memory that continues the last segment joins it. */
-static int add_segment(struct command *command, unsigned capacity, uint64_t address, uint64_t bytes)
-{
-    struct iovec *last = command->niov ? &command->iov[command->niov - 1] : NULL;
-    if (last && (uint64_t)(uintptr_t)last->iov_base + last->iov_len == address)
-        last->iov_len += bytes;
-    else if (command->niov < capacity)
-        command->iov[command->niov++] = (struct iovec){(void *)(uintptr_t)address, bytes};
-    else
-        return 0;
-    command->bytes += bytes;
-    return 1;
-}
-
-static void next_run(struct transfer *transfer)
-{
-    const glue_piece *piece = &transfer->pieces[transfer->piece];
-    transfer->in_run = 0;
-    if (++transfer->head < piece->heads)
-        return;
-    transfer->head = 0;
-    if (++transfer->block < piece->blocks)
-        return;
-    transfer->block = 0;
-    transfer->cut_all = ++transfer->piece == transfer->count;
-}
-
-static uint64_t run_address(const glue_piece *piece, const struct transfer *at)
-{
-    return piece->address + at->block * piece->block_stride + at->head * piece->head_stride + at->in_run;
-}
-
-static uint64_t medium_offset(const glue_piece *piece, const struct transfer *at)
-{
-    return piece->offset + ((uint64_t)at->block * piece->heads + at->head) * piece->run_bytes + at->in_run;
-}
-
-/* Cut the next command: contiguous on the medium, within one piece, at most command_bytes. */
-static void cut_command(glue_queue *queue, struct transfer *transfer, struct command *command)
-{
-    uint32_t begun = transfer->piece;
-    const glue_piece *piece = &transfer->pieces[begun];
-    *command = (struct command){.iov = command->iov, .owner = transfer, .op = transfer->op, .file = piece->file};
-    if (transfer->op >= GLUE_TRIM) {
-        command->offset = piece->offset;
-        command->span = piece_bytes(piece);
-        transfer->cut_all = ++transfer->piece == transfer->count;
-        return;
-    }
-    command->offset = medium_offset(piece, transfer);
-    while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->command_bytes) {
-        uint64_t left = piece->run_bytes - transfer->in_run;
-        uint64_t room = queue->command_bytes - command->bytes;
-        uint64_t take = left < room ? left : room;
-        if (!add_segment(command, queue->iov_capacity, run_address(piece, transfer), take))
-            break;
-        transfer->in_run += take;
-        if (transfer->in_run == piece->run_bytes)
-            next_run(transfer);
-    }
-}
-
 static void fail_transfer(struct transfer *transfer, const struct command *command, const struct event *event)
 {
     transfer->cut_all = 1;
@@ -154,8 +87,25 @@ static void fail_transfer(struct transfer *transfer, const struct command *comma
     transfer->done.sc = event->sc;
 }
 
+static void fail_copies(struct transfer *transfer, int error)
+{
+    transfer->cut_all = 1;
+    if (transfer->done.result < 0)
+        return;
+    transfer->done.result = error;
+    transfer->done.device_error = copies_error(transfer->copies);
+}
+
+static void end_copies(struct transfer *transfer)
+{
+    int error = transfer->copies ? copies_end(transfer->copies) : 0;
+    if (error)
+        fail_copies(transfer, error);
+}
+
 static void finish_transfer(glue_queue *queue, struct transfer *transfer)
 {
+    end_copies(transfer);
     for (struct transfer *later = transfer->next; later; later = later->next)
         later->waits_for -= (uint32_t)must_wait(transfer, later);
     list_remove(&queue->active, transfer);
@@ -204,7 +154,7 @@ static enum lane lane_of(const struct transfer *transfer)
 
 static int startable(const struct transfer *transfer, enum lane lane)
 {
-    return lane_of(transfer) == lane && !transfer->waits_for && !transfer->cut_all;
+    return lane_of(transfer) == lane && !transfer->waits_for && !transfer->cut_all && !transfer->held;
 }
 
 static int any_startable(const glue_queue *queue, enum lane lane)
@@ -231,7 +181,7 @@ static void cut_and_start(glue_queue *queue, struct transfer *transfer, uint32_t
     while (!transfer->cut_all && has_room(queue, lane, limit)) {
         struct command *command = queue->free_commands;
         queue->free_commands = command->next;
-        cut_command(queue, transfer, command);
+        command_cut(queue, transfer, command);
         transfer->in_flight++;
         busy_begin(queue, command->op);
         if (start_command(queue, command))
@@ -249,8 +199,37 @@ static void start_lane(glue_queue *queue, enum lane lane, uint32_t limit)
     }
 }
 
+/* Is the device through with what the transfer waits for? One whose event failed ends here. */
+static void ask_device(glue_queue *queue, struct transfer *transfer)
+{
+    int may = copies_may_start(transfer->copies);
+    transfer->held = !may;
+    queue->held |= transfer->held;
+    if (may >= 0)
+        return;
+    fail_copies(transfer, may);
+    finish_transfer(queue, transfer);
+}
+
+/* No event wakes this thread, so it looks from time to time. */
+static void let_go_of_held(glue_queue *queue)
+{
+    uint64_t now = clock_ns();
+    if (!queue->held || now < queue->ask_at)
+        return;
+    queue->held = 0;
+    queue->ask_at = now + HELD_NS;
+    struct transfer *next;
+    for (struct transfer *transfer = queue->active.first; transfer; transfer = next) {
+        next = transfer->next;
+        if (transfer->held)
+            ask_device(queue, transfer);
+    }
+}
+
 static void start_ready(glue_queue *queue)
 {
+    let_go_of_held(queue);
     uint32_t depth = queue->depth, share = depth < 8 ? 1 : depth / STORE_SHARE;
     int stores = any_startable(queue, STORES);
     start_lane(queue, LOADS, stores && depth > 1 ? depth - share : depth);
@@ -258,23 +237,18 @@ static void start_ready(glue_queue *queue)
         start_lane(queue, STORES, queue->reads_in_flight ? share : depth);
 }
 
-/* Short: skip what was moved, so that the same command goes on. */
-static void advance(struct command *command, uint64_t moved)
+/* What has arrived goes on to the device at once. */
+static void start_copies(const glue_queue *queue, struct transfer *transfer, const struct command *command)
 {
-    command->offset += moved;
-    command->bytes -= moved;
-    command->moved += moved;
-    while (moved) {
-        struct iovec *segment = &command->iov[command->first];
-        uint64_t step = moved < segment->iov_len ? moved : segment->iov_len;
-        segment->iov_base = (char *)segment->iov_base + step;
-        segment->iov_len -= step;
-        moved -= step;
-        if (!segment->iov_len) {
-            command->first++;
-            command->niov--;
-        }
-    }
+    if (!transfer->copies || queue->draining)
+        return;
+    const glue_piece *piece = &transfer->pieces[command->piece];
+    int error = copies_start(transfer->copies, piece, command->piece, command->begin, command->moved);
+    if (!error)
+        return;
+    fail_copies(transfer, error);
+    transfer->done.offset = piece->offset + command->begin;
+    transfer->done.file = piece->file;
 }
 
 static void handle_event(glue_queue *queue, struct event *event)
@@ -290,13 +264,15 @@ static void handle_event(glue_queue *queue, struct event *event)
     if (event->result < 0)
         fail_transfer(transfer, command, event);
     else
-        advance(command, (uint64_t)event->result);
+        command_advance(command, (uint64_t)event->result);
     if (event->result > 0 && command->bytes) {
         start_command(queue, command);
         return;
     }
-    if (transfer->done.result >= 0)
+    if (transfer->done.result >= 0) {
         transfer->done.result += (int64_t)command->moved;
+        start_copies(queue, transfer, command);
+    }
     busy_end(queue, command->op, command->moved);
     release_command(queue, command);
 }
@@ -334,6 +310,8 @@ static int take_incoming(glue_queue *queue)
         list_append(&queue->active, transfer);
         if (transfer->op >= GLUE_REGISTER)
             handle_memory(queue, transfer);
+        else if (transfer->copies)
+            ask_device(queue, transfer);
     }
     return stopping;
 }
@@ -360,6 +338,7 @@ static void announce(glue_queue *queue, int failed)
 static void drain(glue_queue *queue)
 {
     uint64_t deadline = clock_ns() + queue->options.drain_ms * 1000000ull;
+    queue->draining = 1;
     for (struct transfer *transfer = queue->active.first; transfer; transfer = transfer->next)
         transfer->cut_all = 1;
     while (queue->in_flight && clock_ns() < deadline)
@@ -403,7 +382,7 @@ void *io_thread(void *argument)
     }
     while (open && !take_incoming(queue)) {
         start_ready(queue);
-        int failed = collect(queue, -1);
+        int failed = collect(queue, queue->held ? HELD_NS : -1);
         if (failed) {
             announce(queue, failed);
             break;

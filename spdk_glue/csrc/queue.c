@@ -54,6 +54,7 @@ void list_remove(struct transfer_list *list, struct transfer *transfer)
 
 void transfer_free(struct transfer *transfer)
 {
+    copies_free(transfer->copies);
     free(transfer->pieces);
     free(transfer);
 }
@@ -241,14 +242,10 @@ static int pieces_check(const glue_queue *queue, int op, const glue_piece *piece
     return 0;
 }
 
-int glue_submit(glue_queue *queue, int op, uint64_t tag, const glue_piece *pieces, uint32_t count)
+/* 1 accepted; 0 full, or -errno: then the transfer is gone. */
+static int enqueue(glue_queue *queue, struct transfer *transfer)
 {
-    int result = pieces_check(queue, op, pieces, count);
-    if (result)
-        return result;
-    struct transfer *transfer = transfer_new(op, tag, pieces, count);
-    if (!transfer)
-        return -ENOMEM;
+    int result = 0;
     pthread_mutex_lock(&queue->lock);
     if (queue->failed)
         result = queue->failed;
@@ -263,6 +260,29 @@ int glue_submit(glue_queue *queue, int op, uint64_t tag, const glue_piece *piece
     else
         transfer_free(transfer);
     return result;
+}
+
+int glue_submit(glue_queue *queue, int op, uint64_t tag, const glue_piece *pieces, uint32_t count)
+{
+    return glue_submit_copied(queue, op, tag, pieces, count, NULL, NULL, 0);
+}
+
+int glue_submit_copied(glue_queue *queue, int op, uint64_t tag, const glue_piece *pieces, uint32_t count,
+                       const glue_copies *copies, glue_event *const *after, uint32_t num_after)
+{
+    int result = copies && op != GLUE_READ ? -EINVAL : pieces_check(queue, op, pieces, count);
+    if (result)
+        return result;
+    struct transfer *transfer = transfer_new(op, tag, pieces, count);
+    if (!transfer)
+        return -ENOMEM;
+    if (copies || num_after)
+        result = copies_new(&transfer->copies, copies, pieces, count, after, num_after);
+    if (result) {
+        transfer_free(transfer);
+        return result;
+    }
+    return enqueue(queue, transfer);
 }
 
 static void wait_for_done(glue_queue *queue, uint32_t min, int64_t timeout_ns)

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "copies.h"
 #include "engine.h"
 
 struct transfer {
@@ -19,6 +20,8 @@ struct transfer {
     uint64_t in_run;
     int cut_all;
     uint32_t in_flight;
+    struct copies *copies; /* what ties it to a device, or NULL */
+    int held;              /* until events of the device are done */
     glue_completion done;
 };
 
@@ -55,6 +58,9 @@ struct glue_queue {
     uint32_t in_flight, reads_in_flight, writes_in_flight;
     uint64_t busy_since, read_since, write_since;
     int given_up;
+    int held;         /* some transfer is */
+    uint64_t ask_at;  /* the device again */
+    int draining;     /* what arrives from here on is nobody's */
 };
 
 void *io_thread(void *queue);
@@ -63,5 +69,14 @@ void queue_free(glue_queue *queue);
 void list_append(struct transfer_list *list, struct transfer *transfer);
 void list_remove(struct transfer_list *list, struct transfer *transfer);
 void transfer_free(struct transfer *transfer);
+/* The next command of a transfer: contiguous on the medium, within one piece, at most command_bytes. */
+void command_cut(glue_queue *queue, struct transfer *transfer, struct command *command);
+/* Skip what was moved, so that the same command goes on. */
+void command_advance(struct command *command, uint64_t moved);
+
+static inline uint64_t piece_bytes(const glue_piece *piece)
+{
+    return piece->run_bytes * piece->heads * piece->blocks;
+}
 
 #endif

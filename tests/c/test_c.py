@@ -12,6 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "scripts" / "sanitize.sh"
 CASES = {
+    "copies_test": ("refused", "memory", "events", "loads", "stores", "errors", "close", "quarantine"),
     "queue_test": ("full", "refused", "faults", "hung", "close", "flush", "memory"),
     "stress_test": ("order", "reorder", "posix", "uring"),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A build on a machine without liburing."""
+"""A build on a machine without liburing, and without what CUDA wants."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ with open(sys.argv[1], "r+b") as file, Queue.files([file.fileno()]) as queue, Re
         print(error)
 """
 
+NOTHING = {"DUALBLADE_NO_URING": "1", "DUALBLADE_NO_SPDK": "1", "DUALBLADE_NO_CUDA": "1"}
+
 pytestmark = pytest.mark.needs("cc")
 
 
@@ -42,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "setup.py", folder)
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=folder, env=os.environ | {"DUALBLADE_NO_URING": "1", "DUALBLADE_NO_SPDK": "1"},
+        cwd=folder, env=os.environ | NOTHING,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -87,3 +89,8 @@ def test_a_generic_device_needs_liburing(built: Path) -> None:
     )
     told = python(built, "-c", ask)
     assert told.startswith("/dev/ng0n1 needs io_uring, which this build is without; install liburing")
+
+
+def test_copiers_are_told_to_be_missing(built: Path) -> None:
+    code = "from spdk_glue import *\ntry: Copier()\nexcept NotBuiltError as error: print(error)"
+    assert python(built, "-c", code) == "this build is without CUDA\n"

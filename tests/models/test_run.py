@@ -217,8 +217,9 @@ def test_context_beyond_the_model(run) -> None:
     refused(answer, 1, "8240", "8192")
 
 
-def test_what_this_version_lacks_is_said(run) -> None:
-    refused(run(*RUN, "--device", "cuda"), 2, "CPU only")
+def test_a_device_that_is_not_there_is_said(run) -> None:
+    refused(run(*RUN, "--device", "cuda"), 1, "CUDA", "--device cpu")
+    assert record_of(run(*RUN, "--device", "auto", "--json"))["device"] == "cpu"
 
 
 def test_plan_names_layers_that_stay_in_memory(run, tmp_path: Path) -> None:

@@ -159,6 +159,17 @@ def test_an_engine_that_is_not_built_names_the_doctor(failing: Any, capsys: Any)
     ]
 
 
+def test_a_device_without_memory_is_told(failing: Any, capsys: Any) -> None:
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    failing(OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free."))
+    assert main(["doctor"]) == 1
+    error, hint = lines(capsys)
+    assert error == "error: the device ran out of memory: CUDA out of memory"
+    assert "--device cpu" in hint
+
+
 def test_a_reader_that_went_away_is_no_error() -> None:
     code = "import sys; from dualblade.cli.main import main; sys.exit(main(['--help']))"
     reader, writer = os.pipe()
