@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,12 +22,13 @@ from dualblade import loading, models
 from dualblade.bench.tensors import RawPath
 from dualblade.errors import ConfigError
 from dualblade.hf import DualBladeCache
+from dualblade.paths.base import Ticket
 from dualblade.settings import CacheSettings
 from dualblade.store import KVStore
-from dualblade.tensors import PathKind
+from dualblade.tensors import PathKind, TensorKey
 from dualblade.trace import Trace
 from dualblade.zoo import resolve
-from spdk_glue import Queue
+from spdk_glue import Piece, Queue
 
 FILL = 2048  # tokens written at once
 
@@ -50,6 +51,10 @@ class NoStorage(RawPath):
     def __init__(self, queue: Queue, kind: PathKind):
         super().__init__(queue)
         self.kind = kind
+
+    def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
+        """A null queue is one file."""
+        return super().transfer(op, key, [piece._replace(file=0) for piece in pieces])
 
 
 def run_step_bench(bench: StepBench, say: Callable[[str], None]) -> tuple[dict[str, Any], Trace]:

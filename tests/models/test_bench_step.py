@@ -47,3 +47,11 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.Ca
     words = ["--model", "tiny", "--context", "200", "--rounds", "1", "--nvme", "mem:64M"]
     assert main(["bench", "step", *words, "--trace", str(tmp_path / "none" / "t.json")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_page_cache_path_too(direct_dir: Path) -> None:
+    """Its rooms lie on several files."""
+    made = CacheSettings.checked(mem_budget="4G", kv_path="page-cache", cache_dir=direct_dir)
+    record, trace = run_step_bench(StepBench("tiny", made, context=600, rounds=1), lambda text: None)
+    assert record["compute_s"] > 0
+    assert "page-cache reads" in trace.lanes
