@@ -277,6 +277,17 @@ class DualBladeCache(Cache):
             self._batch = max((spec.batch for spec in self._storage.plan.specs), default=0)
         super().reset()
 
+    def begin(self, batch: int) -> None:
+        """Forget every token; the next prompt has `batch` sequences, at most as many as there is room for.
+        Raises ConfigError, StorageError."""
+        self.reset()
+        if batch > self._batch > 0:
+            raise ConfigError(f"the cache has room for {self._batch} sequences, and {batch} are to come")
+        self._batch = min(self._batch, batch)
+        for shape in layer_shapes(self.config):  # what these keep has the shape of the last batch
+            if not shape.offloaded:
+                self.layers[shape.index] = shape.own_cache_layer()
+
     def report(self) -> dict[str, Any]:
         """The parts "memory", "paths", "placements" and "pipeline" of `run --json`."""
         report = self.storage.report()

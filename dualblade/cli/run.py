@@ -100,6 +100,7 @@ def _run_options(options: dict[str, Any]) -> Any:
         prompt_len=options["prompt_len"],
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
+        group_size=options["group_size"],
         dtype=options["dtype"],
         attention=options["attention"],
         chunk=options["prefill_chunk"],
@@ -142,6 +143,7 @@ def _generate(options: Any, show_text: bool) -> dict[str, Any]:
         progress.update(bar[0], completed=done)
         if done == total:
             progress.stop()
+            progress.remove_task(bar.pop())
 
     def on_text(piece: str) -> None:
         if show_text and piece:
@@ -185,7 +187,9 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
     memory, pipeline, direct = record["memory"], record["pipeline"], record["paths"]["direct"]
     lines = [
         f"device {describe_device(record['device_bytes'])}",
-        f"prefill {record['prefill_s']:.2f} s, decode {record['decode_s_per_token'] * 1000:.1f} ms a token, "
+        f"prefill {record['prefill_s']:.2f} s (predicted {record['predicted_prefill_s']:.2f} s), "
+        f"decode {record['decode_s_per_token'] * 1000:.1f} ms a token "
+        f"(predicted {record['predicted_decode_s_per_token'] * 1000:.1f} ms), "
         f"waited for storage {pipeline['stall_s']:.2f} s",
         f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}, "
         f"page-cache share {format_size(memory['page_cache_share_bytes'])}",
@@ -193,6 +197,7 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         if direct["tensors"]
         else "direct path: not needed",
     ]
+    lines += _group_lines(record)
     if pipeline["chunk_tokens"]:
         lines.append(f"attention streamed, in chunks of {pipeline['chunk_tokens']} tokens of a layer")
     lines += sorted(
@@ -208,3 +213,12 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         how = ", streamed in the same chunks" if pipeline["chunk_tokens"] else ""
         lines.append(f"verified: every token equals the run with its KV cache in memory{how}")
     return lines
+
+
+def _group_lines(record: dict[str, Any]) -> list[str]:
+    """Seconds a token are those of one more token for every sequence, hence of all groups together."""
+    groups = record["groups"]
+    if len(groups) == 1:
+        return []
+    sizes = ", ".join(str(group["sequences"]) for group in groups)
+    return [f"{len(groups)} groups of {sizes} sequences, one after another; times are of all together"]
