@@ -26,7 +26,7 @@ from dualblade.cost import (
 from dualblade.forecast import Prefill
 from dualblade.layers import layer_shapes
 from dualblade.models import decoder_layers, text_config
-from dualblade.pipeline import STREAM_SLOTS
+from dualblade.pipeline import STREAM_SLOTS, Mode
 from dualblade.planner import RunPlan
 from dualblade.speeds import ASSUMED
 from dualblade.tensors import PathKind
@@ -119,10 +119,12 @@ def predict(
     groups: Sequence[int],
     storage: StorageRates,
     compute: ComputeRates,
+    mode: Mode = Mode.ADAPTIVE,
 ) -> Prediction:
     """groups: sequences of each; `plan` is that of the largest, whose rooms serve the others too."""
-    runs = [_run(plan, prefill, prompt, new_tokens, batch) for batch in groups]
-    whole = _run(plan, prefill, prompt, new_tokens, sum(groups))
+    overlapped = _overlapped(plan, mode)
+    runs = [_run(plan, prefill, prompt, new_tokens, batch, overlapped) for batch in groups]
+    whole = _run(plan, prefill, prompt, new_tokens, sum(groups), overlapped)
     used = tuple(kind for kind in PathKind if plan.bytes_on(kind))
     return Prediction(
         sum((prefill_cost(model, run, compute, storage) for run in runs), NOTHING),
@@ -134,7 +136,7 @@ def predict(
     )
 
 
-def _run(plan: RunPlan, prefill: Prefill, prompt: int, new_tokens: int, batch: int) -> Run:
+def _run(plan: RunPlan, prefill: Prefill, prompt: int, new_tokens: int, batch: int, overlapped: bool) -> Run:
     return Run(
         batch,
         prompt,
@@ -143,15 +145,15 @@ def _run(plan: RunPlan, prefill: Prefill, prompt: int, new_tokens: int, batch: i
         plan.bytes_on(PathKind.DIRECT),
         plan.bytes_on(PathKind.PAGE_CACHE),
         prefill.reread(prompt),
-        _overlapped(plan),
+        overlapped,
     )
 
 
-def _overlapped(plan: RunPlan) -> bool:
+def _overlapped(plan: RunPlan, mode: Mode) -> bool:
     """Is anything fetched ahead?"""
     pipeline = plan.pipeline
     if pipeline.chunk_tokens is not None:
-        return pipeline.slots > STREAM_SLOTS[-1]
+        return mode is not Mode.NONE and pipeline.slots > STREAM_SLOTS[-1]
     return pipeline.prefetch_depth > 0
 
 

@@ -178,6 +178,7 @@ class Session:
             self.groups,
             storage_rates(folder, self.settings.nvme),
             compute,
+            self.settings.pipeline,
         )
 
     def run(self) -> dict[str, Any]:
