@@ -16,15 +16,16 @@ from spdk_glue import PAGE, Region
 
 
 class Slot:
-    """address: of the first row. view: what the device made of the memory. fills: reads under way;
-    drains: writes under way. generation counts leases."""
+    """address: of the first row. view: what the device made of the memory, for tensors of `shape` (runs,
+    head_dim). fills: reads under way; drains: writes under way. generation counts leases."""
 
-    __slots__ = ("address", "drains", "fills", "generation", "offset", "owner", "view")
+    __slots__ = ("address", "drains", "fills", "generation", "offset", "owner", "shape", "view")
 
     def __init__(self, address: int, offset: int):
         self.address = address
         self.offset = offset
         self.view: Any = None
+        self.shape: tuple[int, int] | None = None
         self.owner: object = None
         self.generation = 0
         self.fills: list[Ticket] = []
