@@ -202,21 +202,21 @@ class Session:
             settings=self.settings,
         ) as cache:
             model = self._load(folder)
-            predicted = self._predict_now(model, cache.storage.plan)
+            streamed = self.prefill.streamed
+            rates = measure_compute(model, self.shape, self.groups[0], streamed)
+            predicted = self._say_prediction(cache.storage.plan, rates)
             results, text = self._generate_groups(model, cache)
             chunks = cache.storage.chunks
             device = {"device_bytes": device_bytes(cache.storage.plan)}
             record = self._record(results, text) | predicted.record() | device | cache.report()
+            name = compute_name(self.config, self.dtype, streamed)
+            remember_compute(self.settings.cache_dir, name, rates)
             remember_run(cache.storage)
         if self.options.verify:
             record["verified"] = self._verify(model, results, chunks)
         return record
 
-    def _predict_now(self, model: Any, plan: RunPlan) -> Prediction:
-        """With this CPU's rates, which are measured and kept for `plan`."""
-        streamed = self.prefill.streamed
-        rates = measure_compute(model, self.shape, self.groups[0], streamed)
-        remember_compute(self.settings.cache_dir, compute_name(self.config, self.dtype, streamed), rates)
+    def _say_prediction(self, plan: RunPlan, rates: ComputeRates) -> Prediction:
         predicted = self.predict(plan, rates)
         for line in predicted.words():
             self.watcher.stage(line)
