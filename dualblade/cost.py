@@ -88,7 +88,8 @@ class ModelShape:
 class Run:
     """What one group of sequences does. batch: sequences. new_tokens: decoded ones. chunk: prompt tokens of a
     pass. direct_bytes, cached_bytes: of KV on either path with all tokens there. reread: tokens of KV read
-    again while the prompt goes through. overlapped: transfers run while layers compute."""
+    again while the prompt goes through. overlapped: transfers run while layers compute. copied: what the page
+    cache holds is copied to slots; else attention reads it where it is."""
 
     batch: int
     prompt: int
@@ -98,6 +99,7 @@ class Run:
     cached_bytes: int
     reread: int
     overlapped: bool
+    copied: bool
 
     @property
     def context(self) -> float:
@@ -117,7 +119,7 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Seconds, and the parts that they are made of. storage_s: transfers of the direct path. copy_s: copies
-    between the page cache and the slots, which take a CPU."""
+    into the page cache and, where it is not read in place, out of it; they take a CPU."""
 
     seconds: float
     storage_s: float
@@ -150,7 +152,7 @@ def decode_cost(model: ModelShape, run: Run, compute: ComputeRates, storage: Sto
     part = run.share(run.context)
     return combined(
         run.direct_bytes * part / storage.direct_read.value,
-        run.cached_bytes * part / storage.cached_read.value,
+        run.cached_bytes * part / storage.cached_read.value if run.copied else 0.0,
         decode_compute(model, run.batch, run.context, compute),
         run.overlapped,
     )
@@ -168,7 +170,8 @@ def prefill_cost(model: ModelShape, run: Run, compute: ComputeRates, storage: St
     """The whole prompt: every row is written once behind compute, and some are read again."""
     written, again = run.share(run.prompt), run.share(run.reread)
     direct = written / storage.direct_write.value + again / storage.direct_read.value
-    cached = written / storage.cached_write.value + again / storage.cached_read.value
+    cached = written / storage.cached_write.value
+    cached += again / storage.cached_read.value if run.copied else 0.0
     return combined(
         run.direct_bytes * direct,
         run.cached_bytes * cached,

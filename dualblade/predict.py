@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dualblade.cost import (
@@ -53,10 +53,13 @@ class Prediction:
     @property
     def assumed(self) -> list[str]:
         """Which numbers nobody has measured yet, and who does."""
-        found = [_unmeasured(kind, self._read_rate(kind)) for kind in self.uses]
+        found = [_unmeasured(kind, self._read_rate(kind)) for kind in self.uses if self._counts(kind)]
         if self.compute.source == ASSUMED:
             found.append("the CPU's speed is assumed; `run` measures it")
         return [text for text in found if text]
+
+    def _counts(self, kind: PathKind) -> bool:
+        return kind is PathKind.DIRECT or self.decode.copy_s > 0
 
     def _read_rate(self, kind: PathKind) -> Rate:
         return self.storage.direct_read if kind is PathKind.DIRECT else self.storage.cached_read
@@ -120,11 +123,22 @@ def predict(
     storage: StorageRates,
     compute: ComputeRates,
     mode: Mode = Mode.ADAPTIVE,
+    checksum: bool = False,
 ) -> Prediction:
-    """groups: sequences of each; `plan` is that of the largest, whose rooms serve the others too."""
-    overlapped = _overlapped(plan, mode)
-    runs = [_run(plan, prefill, prompt, new_tokens, batch, overlapped) for batch in groups]
-    whole = _run(plan, prefill, prompt, new_tokens, sum(groups), overlapped)
+    """groups: sequences of each; `plan` is that of the largest, whose rooms serve the others too. checksum:
+    of every block, for which the page cache is copied."""
+    whole = Run(
+        sum(groups),
+        prompt,
+        new_tokens,
+        prefill.chunk,
+        plan.bytes_on(PathKind.DIRECT),
+        plan.bytes_on(PathKind.PAGE_CACHE),
+        prefill.reread(prompt),
+        _overlapped(plan, mode),
+        copied=checksum or plan.pipeline.chunk_tokens is not None,
+    )
+    runs = [replace(whole, batch=batch) for batch in groups]
     used = tuple(kind for kind in PathKind if plan.bytes_on(kind))
     return Prediction(
         sum((prefill_cost(model, run, compute, storage) for run in runs), NOTHING),
@@ -133,19 +147,6 @@ def predict(
         storage,
         compute,
         used,
-    )
-
-
-def _run(plan: RunPlan, prefill: Prefill, prompt: int, new_tokens: int, batch: int, overlapped: bool) -> Run:
-    return Run(
-        batch,
-        prompt,
-        new_tokens,
-        prefill.chunk,
-        plan.bytes_on(PathKind.DIRECT),
-        plan.bytes_on(PathKind.PAGE_CACHE),
-        prefill.reread(prompt),
-        overlapped,
     )
 
 

@@ -179,6 +179,7 @@ class Session:
             storage_rates(folder, self.settings.nvme),
             compute,
             self.settings.pipeline,
+            self.settings.checksum,
         )
 
     def run(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def _record(session: Any, made: Any, context: int) -> dict[str, Any]:
 
     direct, cached = made.bytes_on(PathKind.DIRECT), made.bytes_on(PathKind.PAGE_CACHE)
     footprint = made.footprint
+    copied = session.settings.checksum or made.pipeline.chunk_tokens is not None  # else read in place
     return {
         "model": session.options.model,
         "context": context,
@@ -89,7 +90,7 @@ def _record(session: Any, made: Any, context: int) -> dict[str, Any]:
         "chunk_tokens": made.pipeline.chunk_tokens,
         "prefetch_depth": made.pipeline.prefetch_depth,
         "storage_s_per_token": storage_seconds(
-            session.settings.cache_dir, session.settings.nvme, cached, direct
+            session.settings.cache_dir, session.settings.nvme, cached if copied else 0, direct
         ),
         "placements": [
             {"tensor": str(item.key), "path": item.path.value, "bytes": item.bytes, "reason": item.reason}

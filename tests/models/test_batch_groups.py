@@ -73,6 +73,14 @@ def test_groups_of_a_size(program, batch: int, size: int, groups: list[int]) -> 
     assert tensors["write_bytes"] >= len(groups) * tensors["bytes"] // 2, "the same rooms, written by each"
 
 
+@pytest.mark.parametrize("more", [["--kv-path", "page-cache"], ["--stream", "always"], ["--checksum"]])
+def test_groups_over_every_kind_of_store(program, more: list[str]) -> None:
+    words = run_words("--batch-size", "3", "--group-size", "2", "--verify", *SAMPLED, *more)
+    record = program(*words)
+    assert record["verified"] is True
+    assert [group["sequences"] for group in record["groups"]] == [2, 1]
+
+
 def test_the_seed_and_the_groups_decide(program) -> None:
     words = run_words("--batch-size", "4", "--group-size", "2", *SAMPLED)
     first, again = (program(*words)["token_ids"] for _ in range(2))

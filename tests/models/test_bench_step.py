@@ -101,11 +101,10 @@ def test_without_a_prefill(tmp_path: Path) -> None:
 
 
 def test_the_page_cache_path_too(direct_dir: Path) -> None:
-    """Its rooms lie on several files."""
     made = CacheSettings.checked(mem_budget="4G", kv_path="page-cache", cache_dir=direct_dir)
     record, trace = run_step_bench(StepBench("tiny", made, context=600, rounds=1), lambda text: None)
-    assert record["compute_s"] > 0
-    assert "page-cache reads" in trace.lanes
+    assert min(record["compute_s"], record["prefill"]["compute_s"], record["prefill"]["storage_s"]) > 0
+    assert "page-cache reads" not in trace.lanes, "attention reads it where it is"
 
 
 def test_the_scripted_step_compares_every_mode() -> None:

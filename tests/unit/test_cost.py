@@ -31,7 +31,7 @@ from dualblade.cost import (
 COMPUTE = ComputeRates(((1, 1e-3), (16, 4e-3)), scan=100.0, attention=1000.0, layer_s=0.5, source="test")
 STORAGE = StorageRates(*(Rate(value, "test") for value in (10.0, 5.0, 40.0, 20.0)))
 MODEL = ModelShape(900, 100, layers=2, attention=(LayerShape(4, 8), LayerShape(4, 8, window=10)))
-RUN = Run(1, 80, 20, 80, direct_bytes=1000, cached_bytes=400, reread=0, overlapped=True)
+RUN = Run(1, 80, 20, 80, direct_bytes=1000, cached_bytes=400, reread=0, overlapped=True, copied=True)
 
 
 def test_a_token() -> None:
@@ -40,6 +40,8 @@ def test_a_token() -> None:
     assert cost.storage_s == pytest.approx(1000 * 0.9 / 10)
     assert cost.copy_s == pytest.approx(400 * 0.9 / 40)
     assert cost.seconds == pytest.approx(90.0), "the drive decides"
+    in_place = decode_cost(MODEL, replace(RUN, copied=False), COMPUTE, STORAGE)
+    assert (in_place.copy_s, in_place.compute_s) == (0, cost.compute_s)
     one_by_one = decode_cost(MODEL, replace(RUN, overlapped=False), COMPUTE, STORAGE)
     assert one_by_one.seconds == pytest.approx(90 + 9 + 10)
 
@@ -53,6 +55,8 @@ def test_a_prompt() -> None:
     assert again.storage_s == pytest.approx(cost.storage_s + 1000 * 0.5 / 10)
     assert again.copy_s == pytest.approx(cost.copy_s + 400 * 0.5 / 40)
     assert again.compute_s == cost.compute_s
+    in_place = prefill_cost(MODEL, replace(RUN, reread=50, copied=False), COMPUTE, STORAGE)
+    assert in_place.copy_s == cost.copy_s
 
 
 def test_later_chunks_attend_to_earlier_ones() -> None:
