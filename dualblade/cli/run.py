@@ -134,7 +134,7 @@ def _generate(options: Any, show_text: bool) -> dict[str, Any]:
 
     def on_stage(stage: str) -> None:
         end_line()
-        screen.print(f"[dim]{stage}[/dim]")
+        screen.print(f"[dim]{stage}[/dim]", soft_wrap=True)
 
     def on_prefill(done: int, total: int) -> None:
         if not bar:
