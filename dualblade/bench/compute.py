@@ -22,7 +22,9 @@ from dualblade.streaming import Visible, attend
 
 ROWS = (1, 4, 16, 64, 256)
 OPERATIONS = 1e9  # of one timed product: some milliseconds
-SCANNED_TOKENS, QUERIES, KEYS = 4096, 256, 1024
+QUERIES, KEYS = 256, 1024
+SCANNED = 16 << 20  # bytes of K and V together: more than caches hold, less than a pass may take
+LONGEST_SCAN = 4096  # tokens
 REPEATS = 3
 # A pass that takes longer says nothing about overhead, and would itself be felt.
 LONGEST_PASS_S = 0.25
@@ -85,9 +87,10 @@ def _attention_rates(config: Any, dtype: torch.dtype, streamed: bool) -> tuple[f
             return _seconds(lambda: attend(query, [(0, keys, values)], Visible(), kv_heads=kv_heads))
         return _seconds(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True))
 
-    scanned = 2 * kv_heads * SCANNED_TOKENS * head_dim * dtype.itemsize
+    token_bytes = 2 * kv_heads * head_dim * dtype.itemsize
+    tokens = min(LONGEST_SCAN, SCANNED // token_bytes)
     operations = 4 * heads * QUERIES * KEYS * head_dim
-    return scanned / attention(1, SCANNED_TOKENS), operations / attention(QUERIES, KEYS)
+    return tokens * token_bytes / attention(1, tokens), operations / attention(QUERIES, KEYS)
 
 
 def _layer_seconds(model: Any, shape: ModelShape, rates: ComputeRates) -> float:

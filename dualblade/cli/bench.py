@@ -120,6 +120,7 @@ def _io_nvme(
     as_json: bool, nvme: str | None, folder: Path | None, nbytes: int, rounds: int, seconds: int
 ) -> None:
     from dualblade.bench.nvme import NvmeBench, emulated_bench, no_perf, run_nvme_bench
+    from dualblade.speeds import DIRECT, remember_storage
 
     screen = console()
     if reason := no_perf():
@@ -135,6 +136,9 @@ def _io_nvme(
     )
     with made as chosen:
         record = run_nvme_bench(chosen, say)
+    if nvme:
+        speed = record["tensor_store_gib_s"]
+        remember_storage(default_cache_dir(), DIRECT, nvme, "bench io", read=speed)
     emit(record, as_json, _show_nvme)
 
 
