@@ -243,11 +243,13 @@ class Session:
         """Group after group from its prompt to its last token, on the same rooms and slots. What each
         generated, and the text of the first sequence."""
         results, texts = [], []
-        for number, size in enumerate(self.groups):
+        for number, part in enumerate(group_slices(self.groups)):
             if len(self.groups) > 1:
-                self.watcher.stage(f"group {number + 1} of {len(self.groups)}: {size} sequences")
+                self.watcher.stage(
+                    f"group {number + 1} of {len(self.groups)}, sequences {part.start + 1} to {part.stop}"
+                )
             if number:
-                cache.begin(size)
+                cache.begin(part.stop - part.start)
             result, text = self._generate(model, cache, number, quiet=False)
             results.append(result)
             texts.append(text)

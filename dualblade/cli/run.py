@@ -140,10 +140,12 @@ def _generate(options: Any, show_text: bool) -> dict[str, Any]:
         if not bar:
             progress.start()
             bar.append(progress.add_task("prefill", total=total))
+        elif progress.finished and done < total:  # the next group's
+            progress.reset(bar[0])
+            progress.start()
         progress.update(bar[0], completed=done)
         if done == total:
             progress.stop()
-            progress.remove_task(bar.pop())
 
     def on_text(piece: str) -> None:
         if show_text and piece:
