@@ -211,6 +211,7 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
     ]
     lines += _group_lines(record)
     lines.append(_pipeline_line(pipeline))
+    lines += _moved(record["governor"])
     if pipeline["chunk_tokens"]:
         lines.append(f"attention streamed, in chunks of {pipeline['chunk_tokens']} tokens of a layer")
     lines += sorted(
@@ -235,3 +236,13 @@ def _group_lines(record: dict[str, Any]) -> list[str]:
         return []
     sizes = ", ".join(str(group["sequences"]) for group in groups)
     return [f"{len(groups)} groups of {sizes} sequences, one after another; times are of all together"]
+
+
+def _moved(governor: dict[str, Any] | None) -> list[str]:
+    """What the live governor did, where it did anything."""
+    if governor is None:
+        return []
+    down, up = (format_size(governor[f"{way}_bytes"]) for way in ("demoted", "promoted"))
+    moved = governor["demoted_bytes"] or governor["promoted_bytes"]
+    lines = [f"moved as the memory changed: {down} to the direct path, {up} back"] if moved else []
+    return lines + [f"note: {note}" for note in governor["notes"]]
