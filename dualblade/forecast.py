@@ -71,7 +71,7 @@ class Forecast:
         *_, shortest = self._chunks(prompt)
         for streamed in self._manners():
             ways = list(self._ways(context, prompt, streamed)) or [Prefill(shortest, shortest, streamed)]
-            if fitting := [way for way in ways if self._fits(context, way, snapshot)]:
+            if fitting := [way for way in ways if self.fits(context, way, snapshot)]:
                 return min(fitting, key=lambda way: (way.reread(prompt), self._activations(context, way)))
         return Prefill(shortest, shortest, self._manners()[-1])
 
@@ -79,6 +79,11 @@ class Forecast:
         """Streamed or not, the better first."""
         manners = [] if self.settings.stream == "always" else [False]
         return manners + [True] * (self.can_stream and self.settings.stream != "never")
+
+    def manners(self) -> Iterator[Forecast]:
+        """The same with all layers in one piece, and with all layers streamed, where either may be."""
+        for streamed in self._manners():
+            yield replace(self, settings=replace(self.settings, stream="always" if streamed else "never"))
 
     def _ways(self, context: int, prompt: int, streamed: bool) -> Iterator[Prefill]:
         part = STREAMED_PART if streamed else ACTIVATIONS_PART
@@ -142,7 +147,8 @@ class Forecast:
         specs = kv_specs(self.config, self.batch, context, self.itemsize)
         return make_plan(specs, make_request(settings, snapshot, mapped=0), snapshot)
 
-    def _fits(self, context: int, prefill: Prefill, snapshot: MemorySnapshot) -> bool:
+    def fits(self, context: int, prefill: Prefill, snapshot: MemorySnapshot) -> bool:
+        """Is the budget enough?"""
         try:
             self.plan(context, prefill, snapshot)
         except BudgetError:

@@ -319,11 +319,28 @@ class DualBladeCache(Cache):
             self._batch = len(chosen)
 
     def reset(self) -> None:
-        """Forget every token; the rooms are kept for the next prompt of the same batch."""
+        """Forget every token; the rooms are kept for the next prompt of the same batch.
+
+        Raises StorageError."""
         if self._storage:
             self._storage.store.reset()
-            self._batch = max((spec.batch for spec in self._storage.plan.specs), default=0)
-        super().reset()
+            self._batch = self._room
+        for shape in layer_shapes(self.config):  # their states may be inference tensors, of a smaller batch
+            if not shape.offloaded:
+                self.layers[shape.index] = shape.own_cache_layer()
+
+    def begin(self, batch: int) -> None:
+        """Forget every token; the next prompt has `batch` sequences, at most as many as there is room for.
+        Raises ConfigError, StorageError."""
+        if self._storage and batch > self._room > 0:
+            raise ConfigError(f"the cache has room for {self._room} sequences, and {batch} are to come")
+        self.reset()
+        self._batch = min(self._batch, batch)
+
+    @property
+    def _room(self) -> int:
+        """Sequences there is room for; 0 where nothing is offloaded."""
+        return max((spec.batch for spec in self.storage.plan.specs), default=0)
 
     def report(self) -> dict[str, Any]:
         """The parts "memory", "paths", "placements" and "pipeline" of `run --json`."""

@@ -52,6 +52,11 @@ class Generated:
     decode_s: float = 0.0
     steps: int = 0
 
+    @property
+    def s_per_token(self) -> float:
+        """Seconds of a decoding step. The first token came with the prompt."""
+        return self.decode_s / max(1, self.steps - 1)
+
 
 class Generation:
     """One prompt on one model with one cache.

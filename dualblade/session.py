@@ -5,28 +5,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dualblade import loading, models, runner
+from dualblade.achieved import remember_run
+from dualblade.bench.compute import compute_name, measure_compute
+from dualblade.cost import ComputeRates
 from dualblade.device import leave_a_cpu
 from dualblade.device_cuda import find_accelerator
 from dualblade.errors import ConfigError, DualBladeError, UsageError
-from dualblade.forecast import DEVICE_PART, Forecast, check_machine, device_bytes
+from dualblade.forecast import DEVICE_PART, Forecast, Prefill, check_machine, device_bytes
+from dualblade.groups import group_sizes, group_slices, largest_group
 from dualblade.handles import STREAMED, in_memory_cache
 from dualblade.hf import DualBladeCache
 from dualblade.host.heap import return_large_blocks
 from dualblade.host.sysfs import Host
 from dualblade.planner import RunPlan
-from dualblade.residency import take_snapshot
+from dualblade.predict import Prediction, model_shape, predict
+from dualblade.residency import MemorySnapshot, take_snapshot
+from dualblade.runner import Generated
 from dualblade.settings import CacheSettings
+from dualblade.speeds import compute_rates, remember_compute, storage_rates
 from dualblade.targets import find_target
 from dualblade.zoo import resolve
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The options of `run` and `plan`, as the user gave them."""
+    """The options of `run` and `plan`, as the user gave them. group_size: sequences that are generated at
+    once, None to let the budget decide."""
 
     model: str
     settings: CacheSettings
@@ -35,6 +44,7 @@ class RunOptions:
     prompt_len: int | None = None
     max_new_tokens: int = 128
     batch_size: int = 1
+    group_size: int | None = None
     dtype: str | None = None
     device: str = "cpu"
     attention: str = "sdpa"
@@ -73,9 +83,10 @@ class Session:
         self.prompt = self._make_prompt()
         self.context = self.prompt.ids.shape[1] + options.max_new_tokens
         models.check_context(self.config, self.context)
-        self.forecast = self._forecast()
-        tokens = self.prompt.ids.shape[1]
-        self.prefill = self.forecast.prefill_for(self.context, tokens, take_snapshot(Host()))
+        empty = models.empty_model(self.config, self.dtype, options.attention, shared=self.dummy)
+        self.shape = model_shape(self.config, empty, self.dtype.itemsize)
+        self.groups, self.forecast = self._form_groups(self._forecast(empty), take_snapshot(Host()))
+        self.prefill = self._prefill(self.forecast, take_snapshot(Host()))
         self.settings = self.forecast.settings_for(self.context, self.prefill)
 
     def _load_tokenizer(self) -> Any:
@@ -98,9 +109,8 @@ class Session:
         text = options.prompt if options.prompt is not None else _read(options.prompt_file)
         return runner.encode(self.tokenizer, [text] * options.batch_size, options.chat)
 
-    def _forecast(self) -> Forecast:
+    def _forecast(self, empty: Any) -> Forecast:
         options = self.options
-        empty = models.empty_model(self.config, self.dtype, options.attention, shared=self.dummy)
         weights = models.weight_bytes(empty)
         self._choose_device(weights)
         elsewhere = self.accelerator is not None and not self.accelerator.unified
@@ -136,6 +146,23 @@ class Session:
             )
         return can
 
+    def _form_groups(self, forecast: Forecast, snapshot: MemorySnapshot) -> tuple[tuple[int, ...], Forecast]:
+        """Sizes of the groups, and the forecast of the largest. Layers in one piece in smaller groups come
+        before layers that are streamed; where nothing fits, it is told of the smallest group."""
+        most = min(self.options.group_size or forecast.batch, forecast.batch)
+        if self.options.group_size is None:
+            found = (largest_group(most, partial(self._fits, way, snapshot)) for way in forecast.manners())
+            most = next((count for count in found if count), 1)
+        sizes = group_sizes(forecast.batch, most)
+        return sizes, replace(forecast, batch=sizes[0])
+
+    def _fits(self, forecast: Forecast, snapshot: MemorySnapshot, batch: int) -> bool:
+        group = replace(forecast, batch=batch)
+        return group.fits(self.context, self._prefill(group, snapshot), snapshot)
+
+    def _prefill(self, forecast: Forecast, snapshot: MemorySnapshot) -> Prefill:
+        return forecast.prefill_for(self.context, self.prompt.ids.shape[1], snapshot)
+
     @property
     def device(self) -> str:
         """Where the model computes, as torch names it."""
@@ -157,6 +184,25 @@ class Session:
         """The longest context of this batch whose KV the page cache holds entirely."""
         return self.forecast.all_cached_up_to(take_snapshot(Host()))
 
+    def predict(self, plan: RunPlan, compute: ComputeRates | None = None) -> Prediction:
+        """What a run of `plan` will take. compute: as measured now; None for what is known of this CPU."""
+        folder = self.settings.cache_dir
+        if compute is None:
+            name = compute_name(self.config, self.dtype, self.prefill.streamed)
+            compute = compute_rates(folder, name, self.dtype.itemsize)
+        return predict(
+            self.shape,
+            plan,
+            self.prefill,
+            self.prompt.ids.shape[1],
+            self.options.max_new_tokens,
+            self.groups,
+            storage_rates(folder, self.settings.nvme),
+            compute,
+            self.settings.pipeline,
+            self.settings.checksum,
+        )
+
     def run(self) -> dict[str, Any]:
         """The record of `run --json`. Everything is reserved before the weights are loaded, so what
         cannot work is refused at once."""
@@ -175,22 +221,34 @@ class Session:
             self.config,
             mem_budget=self.settings.budget,
             max_tokens=self.context,
-            batch_size=self.options.batch_size,
+            batch_size=self.groups[0],
             dtype=self.dtype,
             device=self.device,
             settings=self.settings,
         ) as cache:
             model = self._load(folder)
-            result, text = self._generate(model, cache)
+            streamed = self.prefill.streamed
+            rates = measure_compute(model, self.shape, self.groups[0], streamed)
+            predicted = self._say_prediction(cache.storage.plan, rates)
+            results, text = self._generate_groups(model, cache)
             chunks = cache.storage.chunks
             device = {"device_bytes": device_bytes(cache.storage.plan, self.forecast)}
-            record = self._record(result, text) | device | cache.report()
+            record = self._record(results, text) | predicted.record() | device | cache.report()
+            name = compute_name(self.config, self.dtype, streamed)
+            remember_compute(self.settings.cache_dir, name, rates)
+            remember_run(cache.storage)
         if self.settings.cgroup:
-            record["memory"]["cgroup"] = self.settings.cgroup.record(result.decode_s)
+            record["memory"]["cgroup"] = self.settings.cgroup.record(sum(each.decode_s for each in results))
             self.settings.cgroup.leave()  # the cache in memory, to verify with, is no part of the budget
         if self.options.verify:
-            record["verified"] = self._verify(model, result, chunks)
+            record["verified"] = self._verify(model, results, chunks)
         return record
+
+    def _say_prediction(self, plan: RunPlan, rates: ComputeRates) -> Prediction:
+        predicted = self.predict(plan, rates)
+        for line in predicted.words():
+            self.watcher.stage(line)
+        return predicted
 
     def _weight_folder(self) -> Path:
         if self.ref.folder is None:
@@ -210,10 +268,29 @@ class Session:
         self.watcher.stage("loading the weights")
         return loading.load_model(self.ref, folder, self.config, self.dtype, self.attention, self.device)
 
-    def _generate(self, model: Any, cache: Any, quiet: bool = False) -> tuple[runner.Generated, str | None]:
+    def _generate_groups(self, model: Any, cache: DualBladeCache) -> tuple[list[Generated], str | None]:
+        """Group after group from its prompt to its last token, on the same rooms and slots. What each
+        generated, and the text of the first sequence."""
+        results, texts = [], []
+        for number, part in enumerate(group_slices(self.groups)):
+            if len(self.groups) > 1:
+                self.watcher.stage(
+                    f"group {number + 1} of {len(self.groups)}, sequences {part.start + 1} to {part.stop}"
+                )
+            if number:
+                cache.begin(part.stop - part.start)
+            result, text = self._generate(model, cache, number, quiet=False)
+            results.append(result)
+            texts.append(text)
+        return results, texts[0]
+
+    def _generate(self, model: Any, cache: Any, group: int, quiet: bool) -> tuple[Generated, str | None]:
+        """One group. Its generator is seeded with the run's seed and the group's number, so that it draws
+        the same whatever the groups before it drew."""
         watcher = Watcher() if quiet else self.watcher
         readable = self.tokenizer and not self.dummy
-        stream = runner.TextStream(self.tokenizer, watcher.text) if readable else None
+        write = watcher.text if group == 0 else Watcher().text
+        stream = runner.TextStream(self.tokenizer, write) if readable else None
 
         def on_token(ids: list[int]) -> None:
             if stream and ids[0] >= 0:
@@ -225,11 +302,12 @@ class Session:
             watcher.prefill(done, total)
 
         eos = runner.end_tokens(model) if readable else frozenset()
+        sampling = self.options.sampling
         generation = runner.Generation(
             model,
             cache,
-            self.prompt,
-            self.options.sampling,
+            self._prompts()[group],
+            replace(sampling, seed=sampling.seed + group),
             eos,
             self.prefill.chunk,
             self.prefill.span,
@@ -239,20 +317,26 @@ class Session:
         result = generation.run(self.options.max_new_tokens)
         return result, stream.end() if stream else None
 
-    def _verify(self, model: Any, result: runner.Generated, chunks: dict[int, int] | None) -> bool:
-        """Generate once more with the whole cache in memory, in the same pieces where it was streamed.
-        Raises DualBladeError where a token differs."""
+    def _prompts(self) -> list[runner.Prompt]:
+        """Of each group, in the order of the batch."""
+        ids, mask = self.prompt.ids, self.prompt.mask
+        return [runner.Prompt(ids[part], mask[part]) for part in group_slices(self.groups)]
+
+    def _verify(self, model: Any, results: list[Generated], chunks: dict[int, int] | None) -> bool:
+        """Generate once more, in the same groups, with the whole cache in memory, in the same pieces where
+        it was streamed. Raises DualBladeError where a token differs."""
         self.watcher.stage("generating again with the KV cache in memory")
-        expected, _ = self._generate(model, in_memory_cache(self.config, chunks), quiet=True)
-        if expected.tokens != result.tokens:
-            raise DualBladeError(
-                "the tokens differ from those with the KV cache in memory",
-                "this is a defect: please report it",
-            )
+        for group, result in enumerate(results):
+            expected, _ = self._generate(model, in_memory_cache(self.config, chunks), group, quiet=True)
+            if expected.tokens != result.tokens:
+                raise DualBladeError(
+                    "the tokens differ from those with the KV cache in memory",
+                    "this is a defect: please report it",
+                )
         return True
 
-    def _record(self, result: runner.Generated, text: str | None) -> dict[str, Any]:
-        new_tokens = max(len(row) for row in result.tokens)
+    def _record(self, results: list[Generated], text: str | None) -> dict[str, Any]:
+        tokens = [row for result in results for row in result.tokens]
         record: dict[str, Any] = {
             "model": self.options.model,
             "device": self.device,
@@ -261,15 +345,27 @@ class Session:
             "prefill_chunk": self.prefill.chunk,
             "prefill_span": self.prefill.span,
             "batch_size": self.options.batch_size,
+            "group_size": self.groups[0],
+            "groups": [_group_record(result) for result in results],
             "prompt_tokens": self.prompt.ids.shape[1],
-            "new_tokens": new_tokens,
-            "prefill_s": result.prefill_s,
-            "decode_s": result.decode_s,
-            "decode_s_per_token": result.decode_s / max(1, result.steps - 1),
+            "new_tokens": max(map(len, tokens)),
+            "prefill_s": sum(result.prefill_s for result in results),
+            "decode_s": sum(result.decode_s for result in results),
+            "decode_s_per_token": sum(result.s_per_token for result in results),
         }
         if text is None:
-            return record | {"token_ids": result.tokens}
+            return record | {"token_ids": tokens}
         return record | {"text": text}
+
+
+def _group_record(result: Generated) -> dict[str, Any]:
+    return {
+        "sequences": len(result.tokens),
+        "new_tokens": max(map(len, result.tokens)),
+        "prefill_s": result.prefill_s,
+        "decode_s": result.decode_s,
+        "decode_s_per_token": result.s_per_token,
+    }
 
 
 def _read(file: Path | None) -> str:

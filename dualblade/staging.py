@@ -16,16 +16,19 @@ from spdk_glue import PAGE, Event, Region
 
 
 class Slot:
-    """address: of the first row. view: what the device made of the memory. fills: reads under way;
-    drains: writes under way. generation counts leases. copies: of a device out of this memory, each with the
-    generation that it is of."""
+    """address: of the first row. view: what the device made of the memory, for tensors of `shape` (runs,
+    head_dim). fills: reads under way; drains: writes under way. generation counts leases. copies: of a device
+    out of this memory, each with the generation that it is of."""
 
-    __slots__ = ("address", "copies", "drains", "fills", "generation", "offset", "owner", "view")
+    __slots__ = (
+        "address", "copies", "drains", "fills", "generation", "offset", "owner", "shape", "view"
+    )  # fmt: skip
 
     def __init__(self, address: int, offset: int):
         self.address = address
         self.offset = offset
         self.view: Any = None
+        self.shape: tuple[int, int] | None = None
         self.owner: object = None
         self.generation = 0
         self.fills: list[Ticket] = []

@@ -271,10 +271,19 @@ class KVStore:
         if slot is None:
             return None
         tensor = self.tensors[key]
-        spec = tensor.spec
-        slot.view = self.device.open(self.pool.region, slot.offset, spec.runs, self.capacity, spec.head_dim)
+        self._open_slot(slot, tensor.spec)
         slot.fills = self._transfers(READ, tensor, slot, 0, tensor.full)
         return slot
+
+    def _open_slot(self, slot: Slot, spec: TensorSpec) -> None:
+        """A slot keeps its view as long as tensors of one shape take it: to open it anew would be a fifth of
+        what the scheduler costs."""
+        shape = (spec.runs, spec.head_dim)
+        if slot.shape != shape:
+            slot.shape = shape
+            slot.view = self.device.open(
+                self.pool.region, slot.offset, spec.runs, self.capacity, spec.head_dim
+            )
 
     def _drop_fetched(self, key: TensorKey, wait: bool) -> Slot | None:
         """A layer out of the usual order takes the slot that would be needed last."""

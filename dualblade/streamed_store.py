@@ -238,10 +238,7 @@ class StreamedStore(KVStore):
             self._give_back(self._chunks.popitem()[1])
             slot = self.pool.lease(key, wait)
         if slot is not None:
-            spec = self.tensors[key].spec
-            slot.view = self.device.open(
-                self.pool.region, slot.offset, spec.runs, self.capacity, spec.head_dim
-            )
+            self._open_slot(slot, self.tensors[key].spec)
         return slot
 
     def _give_back(self, chunk: _Chunk) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bench step`: one decode step over synthetic KV, beside its storage alone and its compute alone.
+"""`bench step`: one decode step over synthetic KV, beside its storage alone and its compute alone, and before
+it one prefill (prompt.py).
 
 The model has dummy weights of the real shapes; its KV is random rows, written as a prompt's would be. A
 step's storage alone is every tensor loaded in order, its compute alone the same step on a queue that
@@ -10,8 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,23 +19,24 @@ from typing import Any
 import torch
 
 from dualblade import loading, models
-from dualblade.bench.tensors import RawPath
+from dualblade.bench.prompt import USUAL_PROMPT, measure_prefill, plan_prefill
+from dualblade.bench.software import scheduler_cost
+from dualblade.bench.without_storage import without_storage
 from dualblade.device_cuda import find_accelerator
 from dualblade.errors import ConfigError
 from dualblade.hf import DualBladeCache
 from dualblade.settings import CacheSettings
 from dualblade.store import KVStore
-from dualblade.tensors import PathKind
 from dualblade.trace import Trace
 from dualblade.zoo import resolve
-from spdk_glue import Queue
 
 FILL = 2048  # tokens written at once
 
 
 @dataclass(frozen=True, slots=True)
 class StepBench:
-    """context: tokens of KV. rounds: times that each part is measured, in turn. device: as for `run`."""
+    """context: tokens of KV. rounds: times that each part is measured, in turn. prompt: tokens of the
+    prefill, 0 for none, None for the usual number. device: as for `run`."""
 
     model: str
     settings: CacheSettings
@@ -44,18 +45,18 @@ class StepBench:
     rounds: int = 5
     dtype: str | None = None
     device: str = "cpu"
+    prompt: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return min(self.context, USUAL_PROMPT if self.prompt is None else self.prompt)
 
 
-class NoStorage(RawPath):
-    """In place of a path: everything completes at once, and nothing is moved."""
-
-    def __init__(self, queue: Queue, kind: PathKind):
-        super().__init__(queue)
-        self.kind = kind
-
-
-def run_step_bench(bench: StepBench, say: Callable[[str], None]) -> tuple[dict[str, Any], Trace]:
-    """The record of `bench step --json`, and the timeline of the last step.
+def run_step_bench(
+    bench: StepBench, say: Callable[[str], None], prefill_trace: Trace | None = None
+) -> tuple[dict[str, Any], Trace]:
+    """The record of `bench step --json`, and the timeline of the last step. prefill_trace: takes that of the
+    prefill.
 
     Raises ModelError, ConfigError, BudgetError, TargetError, StorageError.
     """
@@ -67,7 +68,14 @@ def run_step_bench(bench: StepBench, say: Callable[[str], None]) -> tuple[dict[s
     model = loading.dummy_model(config, dtype, "sdpa", 0, accelerator.name if accelerator else "cpu")
     elsewhere = accelerator is not None and not accelerator.unified
     settings = replace(bench.settings, weights=0 if elsewhere else models.weight_bytes(model))
+    prompt = bench.prompt_tokens
+    if prompt:
+        prefill, settings = plan_prefill(model, settings, bench.batch, bench.context + 64, prompt)
     with torch.inference_mode(), _cache(bench, settings, config, model) as cache:
+        through = None
+        if prompt:
+            say(f"a prompt of {prompt} tokens, and its parts alone")
+            through = measure_prefill(model, cache, bench.batch, prompt, prefill, prefill_trace or Trace())
         say(f"writing {bench.context} tokens of random KV")
         context = _fill(cache, bench)
         step = partial(_step, model, cache, bench.batch, context)
@@ -77,7 +85,7 @@ def run_step_bench(bench: StepBench, say: Callable[[str], None]) -> tuple[dict[s
             say(f"round {number + 1} of {bench.rounds}")
             rounds.append(_one_round(cache.storage.store, step))
         trace = _traced(model, cache.storage.store, step)
-        record = _record(bench, cache, context, rounds)
+        record = _record(bench, cache, context, rounds) | {"prefill": through} | scheduler_cost()
     return record, trace
 
 
@@ -134,7 +142,7 @@ def _one_round(store: KVStore, step: Callable[[], float]) -> dict[str, float]:
     made["stall_s"] = store.stall_s - stalled
     made["storage_s"] = _storage(store)
     made["copy_s"] = _copies(store)
-    with _without_storage(store):
+    with without_storage(store):
         step()
         made["compute_s"] = step()
     return made
@@ -160,19 +168,6 @@ def _copies(store: KVStore) -> float:
 def _load_all(store: KVStore) -> None:
     for key in sorted(store.tensors):
         store.load(key)
-
-
-@contextmanager
-def _without_storage(store: KVStore) -> Iterator[None]:
-    store.flush()
-    real = store.paths
-    with Queue.null() as queue:
-        store.paths = {kind: NoStorage(queue, kind) for kind in real}
-        try:
-            yield
-            store.flush()
-        finally:
-            store.paths = real
 
 
 # look ---------------------------------------------------------------------------------------

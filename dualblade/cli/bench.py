@@ -100,7 +100,7 @@ def _io_file(
         raise UsageError(f"--command {command_size} is not a multiple of 4K up to 4M", "write e.g. 1M")
     from dualblade.bench.fio import fio_path
     from dualblade.bench.io import IoBench, run_io_bench
-    from dualblade.bench.speeds import remember
+    from dualblade.speeds import CACHED, DIRECT, remember_storage
 
     screen = console()
     if not fio_path():
@@ -110,7 +110,9 @@ def _io_file(
     folder = cache_dir or default_cache_dir()
     made = IoBench(folder, nbytes, queue_depth, command_bytes, rounds, nvme)
     record = run_io_bench(made, lambda text: screen.print(f"[dim]{text}[/dim]"))
-    remember(folder, nvme, record["tensor_store_gib_s"], record["page_cache_gib_s"])
+    read, write = record["tensor_store_gib_s"], record["engine_write_gib_s"]
+    remember_storage(folder, DIRECT, nvme, "bench io", read=read, write=write)
+    remember_storage(folder, CACHED, None, "bench io", read=record["page_cache_gib_s"])
     emit(record, as_json, _show)
 
 
@@ -118,6 +120,7 @@ def _io_nvme(
     as_json: bool, nvme: str | None, folder: Path | None, nbytes: int, rounds: int, seconds: int
 ) -> None:
     from dualblade.bench.nvme import NvmeBench, emulated_bench, no_perf, run_nvme_bench
+    from dualblade.speeds import DIRECT, remember_storage
 
     screen = console()
     if reason := no_perf():
@@ -133,6 +136,9 @@ def _io_nvme(
     )
     with made as chosen:
         record = run_nvme_bench(chosen, say)
+    if nvme:
+        speed = record["tensor_store_gib_s"]
+        remember_storage(default_cache_dir(), DIRECT, nvme, "bench io", read=speed)
     emit(record, as_json, _show_nvme)
 
 

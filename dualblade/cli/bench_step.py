@@ -13,6 +13,7 @@ from dualblade.cli.options import settings_from
 from dualblade.cli.output import console, emit, json_option, table
 from dualblade.errors import ConfigError
 from dualblade.settings import KV_PATHS, PIPELINES
+from dualblade.trace import Trace, combined
 
 _PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum": False, "stream": "never"}
 
@@ -24,6 +25,12 @@ _PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum
 @click.option("--mem-budget", default="4G", show_default=True, metavar="SIZE", help="As for `run`.")
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens of KV.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--prompt-len",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens of the prefill; 0 leaves it out. [default: 1024, at most the context]",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]")
 @click.option("--kv-path", type=click.Choice(list(KV_PATHS)), default="direct", show_default=True)
@@ -41,9 +48,9 @@ _PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Timeline as a picture (PNG).")
 @json_option
 def step(as_json: bool, trace: Path | None, plot: Path | None, scripted: bool, **options: Any) -> None:
-    """One decode step over random KV, with dummy weights of a model's shapes.
+    """One prefill, and one decode step over random KV, with dummy weights of a model's shapes.
 
-    Beside it, in the same rounds: its storage alone and its compute alone. A perfect pipeline takes as long
+    Beside each, in the same run: its storage alone and its compute alone. A perfect pipeline takes as long
     as the longer of the two. With --scripted a medium in RAM and a compute that sleeps take the place of the
     drive and the model: every mode of the pipeline, for 1, 2, 7 and 32 layers.
     """
@@ -65,16 +72,21 @@ def step(as_json: bool, trace: Path | None, plot: Path | None, scripted: bool, *
         options["batch_size"],
         options["rounds"],
         options["dtype"],
+        options["prompt_len"],
         options["device"],
     )
-    record, timeline = run_step_bench(bench, lambda text: screen.print(f"[dim]{text}[/dim]"))
+    prefill = Trace()
+    record, timeline = run_step_bench(bench, lambda text: screen.print(f"[dim]{text}[/dim]"), prefill)
+    timelines = [(timeline, f"{record['model']}, one token after {record['context']}")]
+    if record["prefill"]:
+        timelines.insert(0, (prefill, f"{record['model']}, a prompt of {record['prefill']['tokens']} tokens"))
     if trace:
-        _write(trace, json.dumps(timeline.chrome()).encode())
+        _write(trace, json.dumps(combined(timelines)).encode())
     if plot:
         from dualblade.bench.plots import timeline_png
 
-        _write(plot, timeline_png(timeline, f"{record['model']}, {record['context']} tokens"))
-    emit(record, as_json, lambda record: _show(record, timeline.text()))
+        _write(plot, timeline_png(*timelines))
+    emit(record, as_json, lambda record: _show(record, timeline.text(), prefill.text()))
 
 
 def _scripted(as_json: bool, rounds: int) -> None:
@@ -116,7 +128,9 @@ def _write(path: Path, content: bytes) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", "name another file") from error
 
 
-def _show(record: dict[str, Any], timeline: list[str]) -> None:
+def _show(record: dict[str, Any], timeline: list[str], prefill: list[str]) -> None:
+    if record["prefill"]:
+        _show_prefill(record["prefill"], prefill)
     names = {
         "step_s": "one step",
         "storage_s": "its storage alone",
@@ -125,10 +139,32 @@ def _show(record: dict[str, Any], timeline: list[str]) -> None:
         "compute_with_io_s": "compute while transfers run",
         "stall_s": "waited for storage",
     }
-    table(
-        ("measured", "ms (median)"), [(title, f"{record[name] * 1e3:.1f}") for name, title in names.items()]
-    )
+    _times(record, names, "ms (median)")
     click.echo(f"{record['prefetch_depth']} layers fetched ahead ({record['mode']})")
     click.echo(f"overlap efficiency, max(storage, copy, compute) / step: {record['overlap_efficiency']:.2f}")
     for line in timeline:
         click.echo(line)
+    click.echo(
+        f"scheduler: {record['scheduler_us_per_layer']:.0f} us of Python a layer, and "
+        f"{record['rows_us_per_layer']:.0f} us to copy rows (small shapes, no engine)"
+    )
+
+
+def _show_prefill(record: dict[str, Any], timeline: list[str]) -> None:
+    names = {
+        "prefill_s": "one prompt",
+        "storage_s": "its writes alone",
+        "compute_s": "its compute alone",
+        "stall_s": "waited for storage",
+    }
+    _times(record, names, "ms")
+    click.echo(f"prefill of {record['tokens']} tokens, {record['span']} a layer, {record['chunk']} a pass")
+    click.echo(f"overlap efficiency, max(writes, compute) / prompt: {record['overlap_efficiency']:.2f}")
+    for line in timeline:
+        click.echo(line)
+    click.echo("")
+
+
+def _times(record: dict[str, Any], names: dict[str, str], unit: str) -> None:
+    rows = [(title, f"{record[name] * 1e3:.1f}") for name, title in names.items()]
+    table(("measured", unit), rows)

@@ -37,6 +37,12 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         help="What computes; auto: a CUDA device that torch finds, else the CPU.",
     ),
     click.option(
+        "--group-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Sequences of the batch that are generated at once [default: what the budget allows].",
+    ),
+    click.option(
         "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: as stored]"
     ),
     click.option(

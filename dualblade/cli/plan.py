@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dualblade.cli.options import model_options, settings_from
-from dualblade.cli.output import console, describe_device, emit, json_option
+from dualblade.cli.output import describe_device, emit, json_option
 from dualblade.units import format_size
 
 
@@ -32,6 +32,7 @@ def plan(as_json: bool, context: int, **options: Any) -> None:
             prompt_len=context - 1,
             max_new_tokens=1,
             batch_size=options["batch_size"],
+            group_size=options["group_size"],
             dtype=options["dtype"],
             device=options["device"],
             chunk=options["prefill_chunk"],
@@ -39,23 +40,28 @@ def plan(as_json: bool, context: int, **options: Any) -> None:
         ),
         plan_only=True,
     )
-    emit(_record(session, context), as_json, _show)
+    made = session.plan()
+    predicted = session.predict(made)
+    record = _record(session, made, context) | predicted.record()
+    emit(record, as_json, lambda record: _show(record, predicted.words()))
 
 
-def _record(session: Any, context: int) -> dict[str, Any]:
-    from dualblade.bench.speeds import storage_seconds
+def _record(session: Any, made: Any, context: int) -> dict[str, Any]:
     from dualblade.forecast import device_bytes
     from dualblade.layers import kept_bytes, kept_in_memory
     from dualblade.models import context_limit
+    from dualblade.speeds import storage_seconds
     from dualblade.tensors import PathKind
 
-    made = session.plan()
     direct, cached = made.bytes_on(PathKind.DIRECT), made.bytes_on(PathKind.PAGE_CACHE)
     footprint = made.footprint
+    copied = session.settings.checksum or made.pipeline.chunk_tokens is not None  # else read in place
     return {
         "model": session.options.model,
         "context": context,
         "batch_size": session.options.batch_size,
+        "group_size": session.groups[0],
+        "groups": len(session.groups),
         "dtype": str(session.dtype).removeprefix("torch."),
         "weights": "dummy" if session.dummy else "real",
         "prefill_chunk": session.prefill.chunk,
@@ -76,7 +82,7 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         },
         "kept_in_memory": {
             "layers": kept_in_memory(session.config),
-            "bytes": kept_bytes(session.config, session.options.batch_size, context, session.dtype.itemsize),
+            "bytes": kept_bytes(session.config, session.groups[0], context, session.dtype.itemsize),
         },
         "kv_bytes": sum(spec.tokens * spec.token_bytes for spec in made.specs),
         "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
@@ -86,7 +92,7 @@ def _record(session: Any, context: int) -> dict[str, Any]:
         "chunk_tokens": made.pipeline.chunk_tokens,
         "prefetch_depth": made.pipeline.prefetch_depth,
         "storage_s_per_token": storage_seconds(
-            session.settings.cache_dir, session.settings.nvme, cached, direct
+            session.settings.cache_dir, session.settings.nvme, cached if copied else 0, direct
         ),
         "placements": [
             {"tensor": str(item.key), "path": item.path.value, "bytes": item.bytes, "reason": item.reason}
@@ -95,11 +101,13 @@ def _record(session: Any, context: int) -> dict[str, Any]:
     }
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: dict[str, Any], predicted: list[str]) -> None:
     memory = record["memory"]
     click.echo(
         f"{record['model']}, {record['context']} tokens, batch {record['batch_size']}, {record['dtype']}"
     )
+    if record["groups"] > 1:
+        click.echo(_group_words(record))
     click.echo(f"KV cache {format_size(record['kv_bytes'])}, budget {format_size(memory['budget_bytes'])}:")
     for name in ("weights", "runtime", "activation", "staging", "tail", "migration", "page_cache_share"):
         click.echo(f"  {name.replace('_', ' '):17}{format_size(memory[name + '_bytes']):>10}")
@@ -115,11 +123,15 @@ def _show(record: dict[str, Any]) -> None:
         )
     for line in _placement_lines(record["placements"]):
         click.echo(line)
-    seconds = record["storage_s_per_token"]
-    if seconds is None:
-        console().print("[dim]no speed is known for this place: `dualblade-spdk bench io` measures it[/dim]")
-    else:
-        click.echo(f"storage time a decoded token, without overlap: {seconds:.3f} s")
+    for line in predicted:
+        click.echo(line)
+
+
+def _group_words(record: dict[str, Any]) -> str:
+    return (
+        f"{record['groups']} groups of at most {record['group_size']} sequences, one after another; what "
+        "follows is of one group, but for the predicted times"
+    )
 
 
 def _page_cache_words(record: dict[str, Any]) -> str:

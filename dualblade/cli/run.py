@@ -103,6 +103,7 @@ def _run_options(options: dict[str, Any], settings: Any) -> Any:
         prompt_len=options["prompt_len"],
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
+        group_size=options["group_size"],
         dtype=options["dtype"],
         device=options["device"],
         attention=options["attention"],
@@ -137,12 +138,15 @@ def _generate(options: Any, show_text: bool) -> dict[str, Any]:
 
     def on_stage(stage: str) -> None:
         end_line()
-        screen.print(f"[dim]{stage}[/dim]")
+        screen.print(f"[dim]{stage}[/dim]", soft_wrap=True)
 
     def on_prefill(done: int, total: int) -> None:
         if not bar:
             progress.start()
             bar.append(progress.add_task("prefill", total=total))
+        elif progress.finished and done < total:  # the next group's
+            progress.reset(bar[0])
+            progress.start()
         progress.update(bar[0], completed=done)
         if done == total:
             progress.stop()
@@ -199,7 +203,9 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
     memory, pipeline, direct = record["memory"], record["pipeline"], record["paths"]["direct"]
     lines = [
         f"device {describe_device(record['device_bytes'])}",
-        f"prefill {record['prefill_s']:.2f} s, decode {record['decode_s_per_token'] * 1000:.1f} ms a token, "
+        f"prefill {record['prefill_s']:.2f} s (predicted {record['predicted_prefill_s']:.2f} s), "
+        f"decode {record['decode_s_per_token'] * 1000:.1f} ms a token "
+        f"(predicted {record['predicted_decode_s_per_token'] * 1000:.1f} ms), "
         f"waited for storage {pipeline['stall_s']:.2f} s",
         f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}, "
         f"page-cache share {format_size(memory['page_cache_share_bytes'])}",
@@ -208,6 +214,7 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         if direct["tensors"]
         else "direct path: not needed",
     ]
+    lines += _group_lines(record)
     lines.append(_pipeline_line(pipeline))
     lines += _moved(record["governor"])
     if pipeline["chunk_tokens"]:
@@ -225,6 +232,15 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         how = ", streamed in the same chunks" if pipeline["chunk_tokens"] else ""
         lines.append(f"verified: every token equals the run with its KV cache in memory{how}")
     return lines
+
+
+def _group_lines(record: dict[str, Any]) -> list[str]:
+    """Seconds a token are those of one more token for every sequence, hence of all groups together."""
+    groups = record["groups"]
+    if len(groups) == 1:
+        return []
+    sizes = ", ".join(str(group["sequences"]) for group in groups)
+    return [f"{len(groups)} groups of {sizes} sequences, one after another; times are of all together"]
 
 
 def _moved(governor: dict[str, Any] | None) -> list[str]:
