@@ -147,7 +147,7 @@ class FlexGen(Subject):
         relay = self.cache.relay_bytes
         return {
             "relay_bytes": COPY_THREADS * relay,
-            "note": f"{COPY_THREADS} copy threads with a relay of {format_size(relay)} each (the original: 2 GiB)",
+            "note": f"{COPY_THREADS} copy threads, a relay of {format_size(relay)} each (originally 2 GiB)",
         }
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of one trial: `python -m dualblade.bench.child`, a Trial as JSON on stdin.
 
-On stdout a JSON object a line: {"token": n} as tokens come, at the end {"record": ...} or {"error", "hint"}. It enters
-its memory cgroup before it loads anything, so that all it takes is charged there.
+On stdout a JSON object a line: {"token": n} as tokens come, at the end {"record"} or {"error", "hint"}. It
+enters its memory cgroup before it loads anything, so that all it takes is charged there.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class DirectQd1Cache(RowsCache):
         self._rooms = {room.key: room for room in self.path.allocate(list(sizes.items()))}
         self._slot_bytes = max(sizes.values())
         self._region = Region(2 * self._slot_bytes, of_env=self.path.queue.needs_env_memory)
-        self._tails = {key: b"" for key in sizes}
+        self._tails = dict.fromkeys(sizes, b"")
         self._layer: int | None = None
 
     def exchange(

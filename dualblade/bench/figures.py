@@ -68,7 +68,7 @@ def spread(runs: Sequence[Run], name: str) -> list[float]:
 
 
 def reference_digests(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the logits and the KV of all runs have to be: transformers' own where it ran, else what most have."""
+    """The logits and the KV that all runs must have: of transformers' own where it ran, else of most."""
     own = [run for run in runs if run["baseline"] in ("in-memory", "hf-offloaded")] or runs
     return {
         name: Counter(run[name] for run in own).most_common(1)[0][0] if own else None
@@ -102,13 +102,13 @@ def _row(
         "cgroup_peak_bytes": max((run["cgroup_peak_bytes"] or 0 for run in runs), default=0) or None,
         "verified": all(run[name] == value for run in runs for name, value in exact.items()),
         "facts": first["facts"],
-        **{name: value for name, value in common.items()},
+        **common,
         **_bounds(kv_bytes, uncached, median(runs, "prefill_s"), median(runs, "decode_s_per_token"), common),
     }
 
 
 def _speed(run: Run, limits: Sequence[Limit] = ()) -> dict[str, float | None]:
-    """While reads were under way, and as a part of the limit of the same round. None where nothing was read."""
+    """While reads were under way, also as a part of the same round's limit. None where nothing was read."""
     read, busy = run["read_bytes_per_token"], run["read_busy_s_per_token"]
     if not read or not busy:
         return {"read_gib_s": None, "ssd_utilisation": None}

@@ -2,13 +2,13 @@
 """FlexGen's offloading to disk, as a transformers cache: the baseline `flexgen`.
 
 Every K and every V is a memory-mapped .npy array, [tokens, batch x KV head, head_dim], reopened at each copy.
-Four threads copy, each through a relay of its own. While a layer computes, the next one is loaded and the rows
-of this one are stored, and all of it has ended before the next layer begins. A decoded token stores its own
-rows alone.
+Four threads copy, each through a relay of its own. While a layer computes, the next one is loaded and the
+rows of this one are stored, and all of it has ended before the next layer begins. A decoded token stores its
+own rows alone.
 
 Kinder than the original: the relay is small (there 2 GiB of pinned memory a thread, which no budget here
-could hold) and so stays in the CPU's caches, the disk space is allocated beforehand, and a whole decoder layer's
-compute hides a load, where the original has its MLP alone.
+could hold) and so stays in the CPU's caches, the disk space is allocated beforehand, and a whole decoder
+layer's compute hides a load, where the original has its MLP alone.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class FlexGenCache(RowsCache):
         """All rows of one tensor as they are on the disk, [batch, KV head, tokens, head_dim]."""
         self.sync()
         spec = self.specs[key]
-        mapped = torch.from_numpy(np.lib.format.open_memmap(self.files[key], mode="r"))
+        mapped = torch.from_numpy(np.lib.format.open_memmap(self.files[key], mode="r+"))
         return as_heads(mapped[: self.tokens[key.layer]].view(self.dtype), spec.batch)
 
     def close(self) -> None:

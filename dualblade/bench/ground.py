@@ -36,8 +36,8 @@ class DriveLimit:
 def prepared_target(
     folder: Path, nvme: str | None, nbytes: int, extents: int, say: Callable[[str], None]
 ) -> Iterator[str]:
-    """A TARGET with room for `nbytes` in that many extents: `nvme` as it is, or a file in `folder` for as long
-    as this lasts, every byte of which was written: what a drive never stored it need not read.
+    """A TARGET with room for `nbytes` in that many extents: `nvme` as it is, or a file in `folder` for as
+    long as this lasts, every byte of which was written: what a drive never stored it need not read.
 
     Raises TargetError, CapacityError, VolumeError, StorageError.
     """
@@ -50,9 +50,12 @@ def prepared_target(
     try:
         say(f"writing {format_size(nbytes)} of random bytes to {path}")
         capacity = capacity_for(nbytes, extents)
-        with open_target(str(path), capacity=capacity, cache_dir=folder, options=OPTIONS) as target:
-            with _extent(target, nbytes) as extent, _random_buffer(target) as region:
-                _pass(target, region, WRITE, extent)
+        with (
+            open_target(str(path), capacity=capacity, cache_dir=folder, options=OPTIONS) as target,
+            _extent(target, nbytes) as extent,
+            _random_buffer(target) as region,
+        ):
+            _pass(target, region, WRITE, extent)
         yield str(path)
     finally:
         path.unlink(missing_ok=True)
@@ -99,7 +102,8 @@ def _random_buffer(target: OpenTarget) -> Iterator[Region]:
 
 def _pass(target: OpenTarget, region: Region, op: int, extent: Extent) -> float:
     """GiB/s of one sequential pass."""
-    step, tags = BUFFER // AHEAD, []
+    step = BUFFER // AHEAD
+    tags: list[int] = []
     begun = time.perf_counter()
     for number, at in enumerate(range(0, extent.nbytes, step)):
         if len(tags) == AHEAD:

@@ -46,7 +46,8 @@ def run_child(trial: Trial, on_token: Callable[[int], None] = lambda count: None
 
 def _listen(child: subprocess.Popen[str], trial: Trial, on_token: Callable[[int], None]) -> dict[str, Any]:
     """The last thing it said."""
-    assert child.stdin and child.stdout
+    assert child.stdin
+    assert child.stdout
     try:
         json.dump(trial.plain(), child.stdin)
         child.stdin.close()

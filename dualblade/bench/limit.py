@@ -26,7 +26,7 @@ class MemoryLimit:
         self._limit_file, self._peak_file = files
 
     def set(self, nbytes: int) -> None:
-        """Also while processes run in it. Raises OSError, EBUSY where they hold more than can be reclaimed."""
+        """Also while processes run in it. Raises OSError: EBUSY where they hold more than they can give."""
         self._host.write_text(f"{self.directory}/{self._limit_file}", str(nbytes))
 
     def enter(self) -> None:

@@ -21,7 +21,7 @@ HEADERS = (
 _CAPTIONS = {
     "decode.png": "Decoding: median of all rounds, bars from the fastest to the slowest.",
     "prefill.png": "Prefill: median of all rounds, bars from the fastest to the slowest.",
-    "ssd.png": "What was read a second while decode was reading, as a part of the drive's limit in the same round.",
+    "ssd.png": "Bytes read a second while decode was reading, as a part of the drive's limit then.",
 }
 _CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222; }
@@ -100,10 +100,11 @@ def html(record: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         f'{base64.b64encode(content).decode()}"><figcaption>{escape(_CAPTIONS[name])}</figcaption></figure>\n'
         for name, content in pictures.items()
     )
+    title = f"dualblade-spdk: budgets and baselines, {escape(record['model'])}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>dualblade-spdk: sweep of {escape(record['model'])}</title><style>{_CSS}</style></head><body>\n"
-        f"<h1>Budgets and baselines: {escape(record['model'])}</h1>\n{_listing(facts(record))}"
+        f"<title>{title}</title><style>{_CSS}</style></head><body>\n"
+        f"<h1>{title}</h1>\n{_listing(facts(record))}"
         f"{_html_table(record)}{figures}<h2>How to read it</h2>\n{_listing(notes(record))}"
         f"<h2>Baselines</h2>\n{_listing(titles(record))}</body></html>\n"
     )
@@ -137,8 +138,8 @@ def facts(record: Mapping[str, Any]) -> list[str]:
     """What was run, on what, and what the machine alone can do."""
     work, need, machine = record["workload"], record["need"], record["machine"]
     return [
-        f"{work['batch']} x {work['context']} prompt tokens and {work['new_tokens']} new ones, {work['dtype']}, "
-        f"{format_size(need['kv'])} of KV, random weights; {record['rounds']} rounds",
+        f"{work['batch']} x {work['context']} prompt tokens and {work['new_tokens']} new ones, "
+        f"{work['dtype']}, {format_size(need['kv'])} of KV, random weights; {record['rounds']} rounds",
         f"{machine['cpus']} CPUs ({machine['cpu']}), {format_size(machine['memory_bytes'])} of memory, "
         f"Linux {machine['kernel']}, torch {machine['torch']}, transformers {machine['transformers']}",
         f"drive: {record['target']}; read {_number(record['ssd_limit_gib_s'], 2)} GiB/s, "
@@ -159,15 +160,17 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"{format_size(need['activations'])}, K and V of two layers {format_size(need['staging'])}"
     )
     lines = [
-        f"A budget is what is in memory anyway ({format_size(need['base'])}: {base}) and on top of it the part of "
-        f"the KV bytes that the first column tells: {_budgets(record)}. It is the same for every baseline.",
-        "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget cannot hold.",
-        "Ratios are of the same round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
-        "of SSD: bytes read a second while reads were under way, as a part of the limit measured in the same round.",
-        "peak: memory of the process and the cached pages of its files, sampled every 100 ms; the largest of all "
-        "rounds.",
-        "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those of "
-        "transformers' own cache (or, where it does not fit, those of most runs).",
+        f"A budget is what is in memory anyway ({format_size(need['base'])}: {base}) and on top of it the "
+        f"part of the KV bytes that the first column tells: {_budgets(record)}. It is the same for every "
+        "baseline.",
+        "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
+        "cannot hold.",
+        "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
+        "of SSD: bytes read a second while reads were under way, as a part of the limit of the same round.",
+        "peak: memory of the process and the cached pages of its files, sampled every 100 ms; the largest "
+        "of all rounds.",
+        "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those "
+        "of transformers' own cache (or, where it does not fit, those of most runs).",
     ]
     lines += [
         f"left out: {item['baseline']} at {item['fraction']:.2f}: {item['reason']}"

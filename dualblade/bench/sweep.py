@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bench sweep`: budgets x baselines, interleaved, each run in a process and a memory cgroup of its own.
 
-A budget is bytes of the whole process: what is in memory anyway (weights, libraries, activations, K and V of two
-layers) and on top of that a part of the KV bytes. It is the same for every baseline.
+A budget is bytes of the whole process: what is in memory anyway (weights, libraries, activations, K and V of
+two layers) and on top of that a part of the KV bytes. It is the same for every baseline.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ PROBE = GIB  # what the drive's limit is measured on, at most
 
 @dataclass(frozen=True, slots=True)
 class SweepBench:
-    """budgets: as `read_budgets` takes them. folder: where files lie. nvme: a TARGET with a volume of ours, or
-    None for a file."""
+    """budgets: as `read_budgets` takes them. folder: where files lie. nvme: a TARGET with a volume of ours,
+    or None for a file."""
 
     workload: Workload
     folder: Path
@@ -211,14 +211,14 @@ def check_budget(budget: Budget, need: Need, headroom: int) -> None:
     """Raises BudgetError."""
     if budget.bytes < need.base:
         raise BudgetError(
-            f"a budget of {format_size(budget.bytes)} is too small: {format_size(need.base)} are needed before any "
-            "KV is cached",
-            f"pass --budgets 0.25, or a size from {as_option(need.base)} on, or lower the context or the batch",
+            f"a budget of {format_size(budget.bytes)} is too small: {format_size(need.base)} are needed "
+            "before any KV is cached",
+            f"pass --budgets 0.25, or {as_option(need.base)} or more, or lower the context or the batch",
         )
     if budget.bytes > headroom:
         raise BudgetError(
-            f"a budget of {format_size(budget.bytes)} is more than the {format_size(headroom)} that this machine "
-            "has to give",
+            f"a budget of {format_size(budget.bytes)} is more than the {format_size(headroom)} that this "
+            "machine has to give",
             "lower --budgets, the context or the batch",
         )
 

@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 
 def sweep_pngs(record: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files by name: decode and prefill against the budget, each with what bounds it, and the drive's use."""
+    """PNG files by name: decode and prefill against the budget, with their bounds, and the drive's use."""
     rows = record["rows"]
     pictures = {
         "decode.png": _lines(

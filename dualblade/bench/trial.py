@@ -30,6 +30,8 @@ from dualblade.runner import Generated, Generation, Sampling
 from dualblade.targets import find_target
 from dualblade.tensors import TensorKey
 
+NOTHING = Reading(None, 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -60,8 +62,8 @@ class Watch:
     subject: Subject
     tell: Callable[[int], None]
     times: list[float] = field(default_factory=list)
-    first: Reading = Reading(None, 0.0)
-    last: Reading = Reading(None, 0.0)
+    first: Reading = NOTHING
+    last: Reading = NOTHING
 
     def on_token(self, ids: list[int]) -> None:
         self.times.append(time.perf_counter())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep runs: a model, a prompt of random tokens, and how much memory it takes without its KV cache."""
+"""What a sweep runs: a model, a prompt of random tokens, and the memory that both take without KV."""
 
 from __future__ import annotations
 

@@ -14,9 +14,7 @@ from dualblade.errors import ConfigError, DualBladeError
 from dualblade.units import format_size
 
 
-@click.command(
-    epilog="Example: dualblade-spdk bench sweep --context 8192 --budgets 0.25,0.5,1.0 --rounds 7 --out results"
-)
+@click.command(epilog="Example: dualblade-spdk bench sweep --budgets 0.25,0.5,1.0 --rounds 7 --out results")
 @click.option(
     "--model",
     default="kv-heavy",
@@ -119,9 +117,8 @@ def _judge(record: dict[str, Any]) -> None:
         )
     if failures := record["failures"]:
         first = failures[0]
-        raise DualBladeError(
-            f"{len(failures)} runs failed, first {first['baseline']} at {first['fraction']:.2f}: {first['reason']}"
-        )
+        which = f"{first['baseline']} at {first['fraction']:.2f}"
+        raise DualBladeError(f"{len(failures)} runs failed, first {which}: {first['reason']}")
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -130,9 +127,10 @@ def _show(record: dict[str, Any]) -> None:
     table(HEADERS, [cells(row) for row in record["rows"]])
     need = record["need"]
     click.echo(
-        f"budget: {format_size(need['base'])} that is in memory anyway, and that part of {format_size(need['kv'])} of KV; "
-        f"drive: {record['ssd_limit_gib_s']:.2f} GiB/s read, {record['ssd_write_limit_gib_s']:.2f} write; "
-        f"compute alone: prefill {record['compute_prefill_s']:.2f} s, {record['compute_s_per_token']:.3f} s a token"
+        f"budget: {format_size(need['base'])} that is in memory anyway, and that part of "
+        f"{format_size(need['kv'])} of KV; drive: {record['ssd_limit_gib_s']:.2f} GiB/s read, "
+        f"{record['ssd_write_limit_gib_s']:.2f} write; compute alone: prefill "
+        f"{record['compute_prefill_s']:.2f} s, {record['compute_s_per_token']:.3f} s a token"
     )
     if not record["enforced"]:
         click.echo(f"budgets were not enforced: {record['not_enforced']}")
