@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baselines of `bench sweep` do the same work: every logit and every row as with transformers' own cache."""
+"""The baselines of `bench sweep` do the same work: every logit and row as with transformers' own cache."""
 
 from __future__ import annotations
 
