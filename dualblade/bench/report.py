@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from dualblade.bench.baselines import BASELINES
+from dualblade.bench.baselines import BASELINES, OURS
 from dualblade.bench.sweep_plots import sweep_pngs
 from dualblade.units import GIB, format_size
 
+Row = Mapping[str, Any]
 HEADERS = (
     "KV held", "baseline", "prefill s", "s/token", "spread", "compute", "bound", "x bound", "vs flexgen",
     "vs best other", "GiB/s", "of SSD", "peak", "same bits",
 )  # fmt: skip
+CHANGE_HEADERS = (
+    "KV held", "baseline", "s/token", "before", "lowered", "after", "vs static", "peak", "same bits",
+)  # fmt: skip
+CHANGE_TITLE = "Memory that becomes scarce, and plentiful again"
 _CAPTIONS = {
     "decode.png": "Decoding: median of all rounds, bars from the fastest to the slowest.",
     "prefill.png": "Prefill: median of all rounds, bars from the fastest to the slowest.",
@@ -48,6 +53,19 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _ratio(row.get("decode_vs_best_other")),
         _number(row["read_gib_s"], 2),
         _number(row["ssd_utilisation"], 2),
+        format_size(row["peak_bytes"]),
+        "yes" if row["verified"] else "NO",
+    ]
+
+
+def change_cells(row: Mapping[str, Any]) -> list[str]:
+    """One line of the table of runs under a changing limit, under CHANGE_HEADERS."""
+    times = [_number(row[name], 3) for name in ("decode_s_per_token", "before_s", "lowered_s", "after_s")]
+    return [
+        f"{row['budget_fraction']:.2f}",
+        row["baseline"],
+        *times,
+        _ratio(row["decode_vs_static"]) if row["baseline"] == OURS else "-",
         format_size(row["peak_bytes"]),
         "yes" if row["verified"] else "NO",
     ]
@@ -85,12 +103,18 @@ def write_report(record: Mapping[str, Any], out: Path) -> list[Path]:
 def markdown(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """A fragment for a results page, with links to the pictures beside it."""
     lines = [*(f"- {line}" for line in facts(record)), ""]
-    lines.append("| " + " | ".join(HEADERS) + " |")
-    lines.append("|" + " --- |" * len(HEADERS))
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in ordered(record["rows"])]
+    lines += _markdown_table(HEADERS, [cells(row) for row in ordered(record["rows"])])
+    if changes := ordered(record["change"]["rows"]):
+        lines += ["", f"{CHANGE_TITLE}:", ""]
+        lines += _markdown_table(CHANGE_HEADERS, [change_cells(row) for row in changes])
     lines += ["", *(f"- {line}" for line in notes(record)), ""]
     lines += [f"![{_CAPTIONS[name]}]({name})\n" for name in pictures]
     return "\n".join(lines)
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def html(record: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -105,18 +129,25 @@ def html(record: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}</title><style>{_CSS}</style></head><body>\n"
         f"<h1>{title}</h1>\n{_listing(facts(record))}"
-        f"{_html_table(record)}{figures}<h2>How to read it</h2>\n{_listing(notes(record))}"
+        f"{_html_table(HEADERS, ordered(record['rows']), cells)}"
+        f"{_html_changes(record)}{figures}<h2>How to read it</h2>\n{_listing(notes(record))}"
         f"<h2>Baselines</h2>\n{_listing(titles(record))}</body></html>\n"
     )
 
 
-def _html_table(record: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in HEADERS)
+def _html_changes(record: Mapping[str, Any]) -> str:
+    rows = ordered(record["change"]["rows"])
+    table = _html_table(CHANGE_HEADERS, rows, change_cells)
+    return f"<h2>{CHANGE_TITLE}</h2>\n{table}" if rows else ""
+
+
+def _html_table(headers: Sequence[str], rows: Sequence[Row], cells_of: Callable[[Row], list[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in headers)
     body, before = [], None
-    for row in ordered(record["rows"]):
-        marks = ["first"] * (row["budget_bytes"] != before) + ["ours"] * (row["baseline"] == "dual")
+    for row in rows:
+        marks = ["first"] * (row["budget_bytes"] != before) + ["ours"] * (row["baseline"] == OURS)
         before = row["budget_bytes"]
-        line = "".join(f"<td>{escape(cell)}</td>" for cell in cells(row))
+        line = "".join(f"<td>{escape(cell)}</td>" for cell in cells_of(row))
         body.append(f'<tr class="{" ".join(marks)}">{line}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>\n"
 
@@ -125,7 +156,7 @@ def _listing(lines: Sequence[str]) -> str:
     return "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in lines) + "</ul>\n"
 
 
-def ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def ordered(rows: Sequence[Row]) -> list[Row]:
     """By budget, then in the order of the list of baselines."""
     names = list(BASELINES)
     return sorted(rows, key=lambda row: (row["budget_bytes"], names.index(row["baseline"])))
@@ -172,6 +203,12 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those "
         "of transformers' own cache (or, where it does not fit, those of most runs).",
     ]
+    if record["change"]["rows"]:
+        lines.append(
+            "Under a changing limit: after a third of the tokens the run's cgroup is lowered to what is "
+            "in memory anyway and half of that part of the KV, after two thirds it is lifted again; vs "
+            "static is dual beside dual-first-fit-static, over all tokens."
+        )
     lines += [
         f"left out: {item['baseline']} at {item['fraction']:.2f}: {item['reason']}"
         for item in record["skipped"]

@@ -19,6 +19,7 @@ from typing import Any
 
 from dualblade import __version__
 from dualblade.bench.baselines import BASELINES, COMPUTE
+from dualblade.bench.change import COMPARED, LEAST_TOKENS, Change, lowered_bytes, phases, summarise_changes
 from dualblade.bench.figures import summarise
 from dualblade.bench.ground import DriveLimit, measure_limit, prepared_target
 from dualblade.bench.launch import ChildFailed, run_child
@@ -33,7 +34,7 @@ from dualblade.bench.workloads import (
     measure_need,
     read_budgets,
 )
-from dualblade.errors import BudgetError
+from dualblade.errors import BudgetError, ConfigError, UsageError
 from dualblade.governor import as_option
 from dualblade.host.meminfo import machine_memory
 from dualblade.host.sysfs import Host
@@ -46,7 +47,7 @@ PROBE = GIB  # what the drive's limit is measured on, at most
 @dataclass(frozen=True, slots=True)
 class SweepBench:
     """budgets: as `read_budgets` takes them. folder: where files lie. nvme: a TARGET with a volume of ours,
-    or None for a file."""
+    or None for a file. change: also with a limit that is lowered and lifted while a run decodes."""
 
     workload: Workload
     folder: Path
@@ -56,6 +57,7 @@ class SweepBench:
     nvme: str | None = None
     drop_caches: bool = True
     enforce: bool = True
+    change: bool = False
 
 
 Say = Callable[[str], None]
@@ -68,16 +70,30 @@ class Sweep:
         self.bench = bench
         self.say = say
         self.host = Host()
+        self.not_enforced: str | None = None if bench.enforce else "asked for by --no-enforce"
         snapshot = take_snapshot(self.host)
         self.need = measure_need(bench.workload, snapshot.process_anon)
         self.budgets = read_budgets(bench.budgets, self.need)
         for budget in self.budgets:
             check_budget(budget, self.need, snapshot.headroom)
+        if bench.change:
+            self._check_change()
         self.runs: list[dict[str, Any]] = []
         self.limits: list[DriveLimit] = []
         self.computes: list[dict[str, Any]] = []
+        self.changes: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
-        self.not_enforced: str | None = None if bench.enforce else "asked for by --no-enforce"
+
+    def _check_change(self) -> None:
+        """Raises UsageError, ConfigError."""
+        if self.bench.workload.new_tokens < LEAST_TOKENS:
+            raise UsageError("--change takes more tokens", f"pass --new-tokens {LEAST_TOKENS} or more")
+        with self._limited(self.need.base):
+            if self.not_enforced:
+                raise ConfigError(
+                    f"--change lowers the limit of a memory cgroup, and there is none: {self.not_enforced}",
+                    "run it as root, or leave --change out",
+                )
 
     @property
     def tensors(self) -> int:
@@ -109,31 +125,43 @@ class Sweep:
         for budget in self.budgets:
             for name in rotated(self.bench.baselines, number):
                 if why_not(name, budget, self.need) is None:
-                    self._one(number, name, budget, nvme)
+                    self._one(self.runs, number, name, budget, nvme)
+            if self.bench.change:
+                self.say("  with a limit that is lowered and lifted again:")
+                for name in rotated(COMPARED, number):
+                    self._one(self.changes, number, name, budget, nvme)
 
-    def _one(self, number: int, name: str, budget: Budget, nvme: str) -> None:
+    def _one(self, into: list[dict[str, Any]], number: int, name: str, budget: Budget, nvme: str) -> None:
         where = {"round": number, "baseline": name, "fraction": budget.fraction, "budget_bytes": budget.bytes}
         try:
-            made = self._trial(name, budget, nvme)
+            made = self._trial(name, budget, nvme, change=into is self.changes)
         except ChildFailed as failure:
             self.say(f"  {name} failed: {failure.message}")
             self.failures.append(where | {"reason": failure.message})
             return
-        self.runs.append(where | made)
+        into.append(where | made)
         self.say(
             f"  {budget.fraction:.2f} of the KV, {name}: prefill {made['prefill_s']:.2f} s, "
             f"{made['decode_s_per_token']:.3f} s a token"
         )
 
-    def _trial(self, name: str, budget: Budget, nvme: str) -> dict[str, Any]:
+    def _trial(self, name: str, budget: Budget, nvme: str, change: bool = False) -> dict[str, Any]:
         """Raises ChildFailed."""
         with tempfile.TemporaryDirectory(prefix="sweep-", dir=self.bench.folder) as folder:
             trial = Trial(name, self.bench.workload, self.need, budget.bytes, folder, nvme)
             self._drop_caches()
             with self._limited(budget.bytes if name != COMPUTE else None) as limit:
-                made = run_child(replace(trial, cgroup=limit.directory if limit else None))
+                trial = replace(trial, cgroup=limit.directory if limit else None)
+                made = self._changing(trial, budget, limit) if change and limit else run_child(trial)
                 made["cgroup_peak_bytes"] = limit.peak if limit else None
         return made
+
+    def _changing(self, trial: Trial, budget: Budget, limit: MemoryLimit) -> dict[str, Any]:
+        """Raises ChildFailed."""
+        change = Change(limit, budget, self.need, trial.workload.new_tokens)
+        made = run_child(trial, change.on_token)
+        lowered = {"lowered_bytes": lowered_bytes(budget, self.need), "limits_refused": change.refused}
+        return made | phases(made["steps_s"]) | lowered
 
     @contextmanager
     def _limited(self, nbytes: int | None) -> Iterator[MemoryLimit | None]:
@@ -179,6 +207,7 @@ class Sweep:
             "machine": machine(self.host),
             "skipped": self._skipped(),
             "failures": self.failures,
+            "change": {"rows": summarise_changes(self.changes), "runs": self.changes},
         } | summarise(self.need.kv, self.runs, self.limits, self.computes)
 
     def _skipped(self) -> list[dict[str, Any]]:

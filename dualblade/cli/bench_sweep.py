@@ -40,6 +40,11 @@ from dualblade.units import format_size
 @click.option("--enforce/--no-enforce", default=True, show_default=True, help="Each run in a memory cgroup.")
 @click.option("--drop-caches/--keep-caches", default=True, show_default=True, help="Before each run (root).")
 @click.option(
+    "--change",
+    is_flag=True,
+    help="Also with half the memory for a third of the tokens: dual and dual-first-fit-static.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for results.json, results.md, report.html and pictures (needs matplotlib).",
@@ -81,6 +86,7 @@ def _bench(options: dict[str, Any]) -> Any:
         options["nvme"],
         options["drop_caches"],
         options["enforce"],
+        options["change"],
     )
 
 
@@ -109,7 +115,7 @@ def _save(record: dict[str, Any], out: Path | None) -> None:
 
 def _judge(record: dict[str, Any]) -> None:
     """Raises DualBladeError where a run failed, or gave other numbers than the rest."""
-    wrong = [row for row in record["rows"] if not row["verified"]]
+    wrong = [row for row in record["rows"] + record["change"]["rows"] if not row["verified"]]
     if wrong:
         names = ", ".join(sorted({row["baseline"] for row in wrong}))
         raise DualBladeError(
@@ -122,9 +128,12 @@ def _judge(record: dict[str, Any]) -> None:
 
 
 def _show(record: dict[str, Any]) -> None:
-    from dualblade.bench.report import HEADERS, cells
+    from dualblade.bench.report import CHANGE_HEADERS, HEADERS, cells, change_cells
 
     table(HEADERS, [cells(row) for row in record["rows"]])
+    if changes := record["change"]["rows"]:
+        click.echo("with half of that part for the second third of the tokens:")
+        table(CHANGE_HEADERS, [change_cells(row) for row in changes])
     need = record["need"]
     click.echo(
         f"budget: {format_size(need['base'])} that is in memory anyway, and that part of "

@@ -35,7 +35,7 @@ def sweep(folder: Path, *words: str) -> int:
 @pytest.mark.needs("uring", "o_direct")
 def test_two_baselines_in_two_budgets(direct_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, out = direct_dir / "cache", direct_dir / "out"
-    words = ["--budgets", "0.5,1.25", "--baselines", "flexgen,dual", "--rounds", "2", "--out", str(out)]
+    words = ["--budgets", "0.5,1.25", "--baselines", "flexgen,dual", "--rounds", "1", "--out", str(out)]
     assert sweep(cache, *words, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert len(record["rows"]) == 4
@@ -46,7 +46,7 @@ def test_two_baselines_in_two_budgets(direct_dir: Path, capsys: pytest.CaptureFi
         assert row["prefill_s"] > 0 < row["decode_s_per_token"]
         assert row["budget_bytes"] == record["need"]["base"] + int(row["budget_fraction"] * row["kv_bytes"])
         assert row["peak_bytes"] < row["budget_bytes"]
-    assert [run["baseline"] for run in record["runs"]] == 2 * ["flexgen", "dual"] + 2 * ["dual", "flexgen"]
+    assert [run["baseline"] for run in record["runs"]] == 2 * ["flexgen", "dual"]
     assert list(cache.iterdir()) == [], "nothing is left behind"
     _check_files(record, out)
 
