@@ -120,6 +120,7 @@ class DualBladeCache(Cache):
         prefetch_depth: int | None = None,
         checksum: bool = False,
         stream: str = "auto",
+        pipeline: str = "adaptive",
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -135,6 +136,7 @@ class DualBladeCache(Cache):
             prefetch_depth=prefetch_depth,
             checksum=checksum,
             stream=stream if streams(config) or stream != "auto" else "never",
+            pipeline=pipeline,
         )
         self.config = config
         self._max_tokens = max_tokens

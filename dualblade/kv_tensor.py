@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,13 @@ class Tensor:
             blocks=blocks,
             file=segment.room.file,
         )
+
+    def bytes_on_paths(self) -> Iterator[tuple[PathKind, int]]:
+        """Path and bytes of the blocks on the medium, segment after segment."""
+        for segment in self.segments:
+            blocks = min(self.full, segment.end) - segment.first
+            if blocks > 0:
+                yield segment.room.path, blocks * self.layout.block_bytes
 
     def tail_piece(self, block: int, tails_address: int) -> Piece:
         """Brings a block back to the tail, which has the medium's own layout."""

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from dualblade.adaptive import Climb, DriveSetting, StoreShare
 from dualblade.host.maps import mapped_weights
 from dualblade.host.sysfs import Host
 from dualblade.paths.base import StoragePath
 from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
+from dualblade.pipeline import STORE_SLOTS, Mode
 from dualblade.planner import BudgetRequest, SegmentPlacer, make_plan
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
+from dualblade.scheduler import Scheduler
 from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
 from dualblade.streamed_store import StreamedStore
@@ -93,9 +97,19 @@ class Offload:
             SegmentPlacer(plan),
             slots=plan.pipeline.slots,
             capacity=plan.capacity,
-            prefetch_depth=plan.pipeline.prefetch_depth,
+            scheduler=self._make_scheduler(),
             checksum=self.settings.checksum,
         )
+
+    def _make_scheduler(self) -> Scheduler:
+        """It tunes the direct path's commands, and the stores' share of a streamed run's slots."""
+        pipeline, direct = self.plan.pipeline, self.paths.get(PathKind.DIRECT)
+        made = Scheduler(self.settings.pipeline, pipeline.prefetch_depth)
+        if direct and made.mode is Mode.ADAPTIVE:
+            made.climb = Climb(_drive(direct.queue.options), _drive(direct.queue.limits))
+        if pipeline.chunk_tokens is not None:
+            made.store_share = StoreShare(STORE_SLOTS, STORE_SLOTS, max(STORE_SLOTS, pipeline.slots - 4))
+        return made
 
     def _cached_fds(self) -> list[int]:
         path = self.paths.get(PathKind.PAGE_CACHE)
@@ -169,7 +183,10 @@ class Offload:
         return {
             "attention": self.plan.pipeline.attention,
             "chunk_tokens": max(self.chunks.values()) if self.chunks else None,
-            "prefetch_depth": self.plan.pipeline.prefetch_depth,
+            "mode": self.store.scheduler.mode.value,
+            "prefetch_depth": self.store.scheduler.depth,
+            "prefetch_depth_limit": self.store.scheduler.limit,
+            "decisions": [asdict(each) for each in self.store.scheduler.decisions],
             "chunk_bytes": options.command_bytes,
             "queue_depth": options.queue_depth,
             "run_bytes": max((layout.run_bytes for layout in self.plan.layouts.values()), default=0),
@@ -186,6 +203,10 @@ class Offload:
             self.store.close()
 
 
+def _drive(options: QueueOptions) -> DriveSetting:
+    return DriveSetting(options.queue_depth, options.command_bytes)
+
+
 def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int) -> BudgetRequest:
     """What of the budget is taken, read off this process. Weights count by their size, whether
     they are anonymous or mapped; what else is anonymous now stays."""
@@ -200,6 +221,6 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         page_cache=settings.page_cache,
         forced=settings.forced,
         policy=settings.policy,
-        prefetch_depth=settings.prefetch_depth,
+        prefetch_depth=settings.prefetch_depth if settings.pipeline.crosses_layers else 0,
         stream=settings.stream,
     )

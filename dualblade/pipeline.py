@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 
 from dualblade.errors import BudgetError
 from dualblade.units import MIB, format_size
@@ -15,8 +16,28 @@ MOST_AHEAD = 3
 # Slots of a streamed run: K and V of a chunk in use, of the chunks fetched ahead, and of new rows. With the
 # fewest nothing is fetched ahead.
 STREAM_SLOTS = (10, 6, 4)
+STORE_SLOTS = 2  # of these, that chunks fetched ahead leave to new rows on their way out
 STREAM_CHUNK = 8 * MIB  # a longer chunk is read no faster
 STAGING_PART = 3  # of the memory that is left; the page cache has the rest
+
+
+class Mode(StrEnum):
+    """What may travel while a layer computes.
+
+    none: nothing; a layer is read when it is asked for. intra-layer: the next chunks of the same layer (where
+    attention takes a layer whole, on the CPU, that is nothing). cross-layer: the layers that follow too, as
+    many as were planned. adaptive: the same, as many as measurements say that it takes, with the drive's
+    commands and the stores' share of the slots fitted as well.
+    """
+
+    NONE = "none"
+    INTRA_LAYER = "intra-layer"
+    CROSS_LAYER = "cross-layer"
+    ADAPTIVE = "adaptive"
+
+    @property
+    def crosses_layers(self) -> bool:
+        return self in (Mode.CROSS_LAYER, Mode.ADAPTIVE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
+from dualblade.pipeline import Mode
 from dualblade.planner import DEFAULT_POLICY
 from dualblade.tensors import PathKind
 from dualblade.units import parse_size
@@ -15,6 +16,7 @@ from dualblade.units import parse_size
 KV_PATHS = {"auto": None, "page-cache": PathKind.PAGE_CACHE, "direct": PathKind.DIRECT}
 POLICIES = ("spread", "first-fit")
 STREAM = ("auto", "never", "always")
+PIPELINES = tuple(mode.value for mode in Mode)
 
 
 def _size(value: str | int | None, name: str) -> int | None:
@@ -29,7 +31,7 @@ class CacheSettings:
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
     weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
-    its K and V do not fit the budget."""
+    its K and V do not fit the budget. pipeline: what may travel while a layer computes."""
 
     nvme: str | None
     budget: int
@@ -43,6 +45,7 @@ class CacheSettings:
     prefetch_depth: int | None
     checksum: bool = False
     stream: str = "auto"
+    pipeline: Mode = Mode.ADAPTIVE
     loaded: bool = True
     timeout_s: float = 60.0
 
@@ -62,6 +65,7 @@ class CacheSettings:
         prefetch_depth: int | None = None,
         checksum: bool = False,
         stream: str = "auto",
+        pipeline: str = Mode.ADAPTIVE.value,
     ) -> CacheSettings:
         """Raises UsageError naming the setting that makes no sense."""
         if kv_path not in KV_PATHS:
@@ -70,6 +74,8 @@ class CacheSettings:
             raise UsageError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
         if stream not in STREAM:
             raise UsageError(f"stream {stream!r} is none of {', '.join(STREAM)}")
+        if pipeline not in PIPELINES:
+            raise UsageError(f"pipeline {pipeline!r} is none of {', '.join(PIPELINES)}")
         budget = _size(mem_budget, "mem_budget")
         if not budget or budget <= 0:
             raise UsageError(f"mem_budget {mem_budget!r} is not a size", "write e.g. 6G")
@@ -86,4 +92,5 @@ class CacheSettings:
             prefetch_depth=prefetch_depth,
             checksum=checksum,
             stream=stream,
+            pipeline=Mode(pipeline),
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import Layout
 from dualblade.paths.base import StoragePath, Ticket
 from dualblade.pipeline import layers_ahead
+from dualblade.scheduler import Scheduler, Traffic
 from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.trace import Trace
@@ -56,14 +58,14 @@ class KVStore:
         placer: Placer,
         slots: int,
         capacity: int,
-        prefetch_depth: int,
+        scheduler: Scheduler,
         checksum: bool = False,
     ):
         self.device = device
         self.paths = paths
         self.placer = placer
         self.placements: list[Placement] = []
-        self.prefetch_depth = prefetch_depth
+        self.scheduler = scheduler
         self.checksum = checksum
         self.stall_s = 0.0
         self.checksum_s = 0.0
@@ -150,6 +152,7 @@ class KVStore:
         if layer == self._layer and tokens <= self.capacity:
             return
         self._leave_layer()
+        self._begin_layer(layer)
         if tokens > self.capacity:
             self._grow_pool(tokens)
         self._layer = layer
@@ -159,6 +162,30 @@ class KVStore:
                 raise ConfigError(f"the staging pool has too few slots for {key}")
             self._in_use[key] = slot
         self.prefetch(layer)
+
+    def _begin_layer(self, layer: int) -> None:
+        """What a step took may change how the next one is fetched."""
+        if not self.scheduler.enter(layer, self.stall_s):
+            return
+        self.scheduler.step_ended(self._traffic(), self._reads)
+        direct, drive = self.paths.get(PathKind.DIRECT), self.scheduler.drive
+        if direct and drive:
+            direct.tune(drive.queue_depth, drive.command_bytes)
+
+    def _traffic(self) -> dict[str, Traffic]:
+        stats = {kind.value: path.queue.stats() for kind, path in self.paths.items()}
+        return {kind: Traffic(each.read_bytes, each.read_busy_s) for kind, each in stats.items()}
+
+    def _reads(self) -> list[Counter[str]]:
+        """Bytes that each layer reads of each path."""
+        layers = []
+        for layer in self._layers:
+            reads: Counter[str] = Counter()
+            for key in self._keys(layer):
+                for kind, nbytes in self.tensors[key].bytes_on_paths():
+                    reads[kind.value] += nbytes
+            layers.append(reads)
+        return layers
 
     def _leave_layer(self) -> None:
         for slot in self._in_use.values():
@@ -173,7 +200,7 @@ class KVStore:
 
     def prefetch(self, layer: int) -> None:
         """Start reading the layers after `layer` into the slots that are free."""
-        for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.prefetch_depth):
+        for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.scheduler.depth):
             for key in self._keys(self._layers[ahead]):
                 if key in self._fetched or not self.tensors[key].full:
                     continue

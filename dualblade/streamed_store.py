@@ -12,12 +12,11 @@ from typing import Any, NoReturn
 from dualblade.errors import ConfigError
 from dualblade.kv_tensor import Tensor
 from dualblade.paths.base import Ticket
+from dualblade.pipeline import STORE_SLOTS, Mode
 from dualblade.staging import Slot
 from dualblade.store import KVStore
 from dualblade.tensors import TensorKey
 from spdk_glue import READ, WRITE
-
-STORE_SLOTS = 2  # that chunks fetched ahead leave to new rows on their way out
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,8 @@ class StreamedStore(KVStore):
         self._current: _Chunk | None = None
         self._streams = 0
         self._last_layer: int | None = None
+        self.store_stall_s = 0.0  # of stall_s
+        self._step_began = (time.perf_counter(), 0.0, 0.0)
         self._writing: dict[TensorKey, list[tuple[int, Ticket]]] = {key: [] for key in self.tensors}
 
     # stream ---------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ class StreamedStore(KVStore):
         does not hold so many.
         """
         end = self._checked(layer, tokens)
+        self._begin_stream(layer)
         self._streams += 1
         mine, span = self._streams, self.chunk_tokens(layer)
         again, self._last_layer = layer == self._last_layer, layer
@@ -91,6 +93,19 @@ class StreamedStore(KVStore):
         finally:
             if self._streams == mine:
                 self._let_go()
+
+    def _begin_stream(self, layer: int) -> None:
+        """Attention begins with a layer's older rows; a layer that is streamed again, as a prompt's are,
+        begins no other."""
+        if layer == self._last_layer:
+            return
+        steps = self.scheduler.steps
+        self._begin_layer(layer)
+        if self.scheduler.steps != steps:
+            now = time.perf_counter()
+            loads, stores = self.stall_s - self.store_stall_s, self.store_stall_s
+            before, self._step_began = self._step_began, (now, loads, stores)
+            self.scheduler.share_stores(loads - before[1], stores - before[2], now - before[0])
 
     def _checked(self, layer: int, tokens: int | None) -> int:
         if self.failure is not None:
@@ -182,7 +197,7 @@ class StreamedStore(KVStore):
 
     def _run_ahead(self, place: Place, tokens: int, again: bool) -> None:
         """Start reading the chunks that will be asked for next, as far as there are slots."""
-        wanted = list(islice(self._following(place, tokens, again), (self._slots - STORE_SLOTS) // 2 - 1))
+        wanted = list(islice(self._following(place, tokens, again), self._chunks_ahead))
         for stale in self._chunks.keys() - set(wanted):
             self._give_back(self._chunks.pop(stale))
         for ahead in wanted:
@@ -192,11 +207,20 @@ class StreamedStore(KVStore):
                     return
                 self._chunks[ahead] = chunk
 
+    @property
+    def _chunks_ahead(self) -> int:
+        """As many as the slots that are left to loads hold, beside the chunk in use."""
+        share = self.scheduler.store_share
+        stores = share.slots if share else STORE_SLOTS
+        return 0 if self.scheduler.mode is Mode.NONE else max(0, (self._slots - stores) // 2 - 1)
+
     def _following(self, place: Place, tokens: int, again: bool) -> Iterator[Place]:
         """The rest of this stream, and then the next layers; or this layer once more, where it was the last
         one too: the chunks of a prompt pass layer by layer."""
         layer, number = place
         yield from self._places(layer, number + 1, tokens)
+        if not self.scheduler.mode.crosses_layers:
+            return
         at = self._layers.index(layer)
         for following in [layer] if again else self._layers[at + 1 :] + self._layers[:at]:
             yield from self._places(following, 0)
@@ -278,7 +302,9 @@ class StreamedStore(KVStore):
     def _store_slot(self, key: TensorKey) -> Slot:
         begun = time.perf_counter()
         slot = self._lease(key, wait=True)
-        self.stall_s += time.perf_counter() - begun
+        waited = time.perf_counter() - begun
+        self.stall_s += waited
+        self.store_stall_s += waited
         if slot is None:
             raise ConfigError(f"the staging pool has too few slots for {key}")
         return slot

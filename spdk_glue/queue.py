@@ -150,7 +150,8 @@ class Queue:
     A transfer starts after every earlier one that touches the same bytes, unless both read, so a
     read that follows a write sees what was written.
 
-    reason: why `engine` is not the faster one that would otherwise be used, or None.
+    reason: why `engine` is not the faster one that would otherwise be used, or None. options: in force;
+    limits: as the queue was opened.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class Queue:
             raise NotBuiltError(f"this build has no engine {engine!r} (it has: {', '.join(engines())})")
         check(error[0], f"open the {engine} engine")
         self._queue = ffi.gc(queue, _Close())
-        self.options = self._options_in_force()
+        self.options = self.limits = self._options_in_force()
 
     # open -----------------------------------------------------------------------------------
 
@@ -390,6 +391,12 @@ class Queue:
         depth, command = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         lib.glue_queue_options(self._queue, depth, command)
         return replace(self.options, queue_depth=int(depth[0]), command_bytes=int(command[0]))
+
+    def tune(self, queue_depth: int, command_bytes: int) -> None:
+        """Keep so many commands in flight, of at most so many bytes, from now on; at most `limits`. Raises
+        GlueError (EINVAL)."""
+        check(lib.glue_queue_tune(self._open(), queue_depth, command_bytes), "tune the queue")
+        self.options = self._options_in_force()
 
     @property
     def closed(self) -> bool:

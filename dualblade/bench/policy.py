@@ -21,6 +21,7 @@ from dualblade.paths.base import StoragePath
 from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.planner import make_specs
+from dualblade.scheduler import Scheduler
 from dualblade.store import KVStore
 from dualblade.superblock import capacity_for
 from dualblade.targets import open_target, open_volume
@@ -79,7 +80,9 @@ def _filled(bench: PolicyBench, policy: Policy, share: float, depth: int) -> Ite
         PathKind.PAGE_CACHE: PageCachePath(bench.folder),
     }
     device = CpuDevice(torch.bfloat16)
-    store = KVStore(specs, layouts, device, paths, no_growth, 2 * (depth + 1), bench.tokens, depth)
+    store = KVStore(
+        specs, layouts, device, paths, no_growth, 2 * (depth + 1), bench.tokens, Scheduler(limit=depth)
+    )
     try:
         store.place(place(specs, sizes, int(share * total), policy))
         rows = torch.randn(1, HEADS, bench.tokens, HEAD_DIM).to(device.dtype)

@@ -207,7 +207,6 @@ def _record(
 ) -> dict[str, Any]:
     """Times are medians of all rounds in seconds; the efficiency is the median of each round's own."""
     report = cache.report()
-    depth = report["pipeline"]["prefetch_depth"]
     medians = {name: statistics.median(made[name] for made in rounds) for name in rounds[0]}
     return {
         "model": bench.model,
@@ -215,8 +214,10 @@ def _record(
         "device": "cpu",
         "context": context,
         "batch_size": bench.batch,
-        "mode": "cross-layer" if depth else "none",
-        "prefetch_depth": depth,
+        "mode": report["pipeline"]["mode"],
+        "prefetch_depth": report["pipeline"]["prefetch_depth"],
+        "prefetch_depth_limit": report["pipeline"]["prefetch_depth_limit"],
+        "decisions": report["pipeline"]["decisions"],
         "kv_bytes": report["memory"]["kv_bytes"],
         "staging_bytes": report["memory"]["staging_bytes"],
         **medians,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dualblade.layout import choose_layout
 from dualblade.paths.base import Room, StoragePath
 from dualblade.planner import make_specs
+from dualblade.scheduler import Scheduler
 from dualblade.store import Device, KVStore
 from dualblade.tensors import PathKind, Placement, TensorKey
 from spdk_glue import Queue, Region
@@ -63,7 +64,7 @@ def kv_store(
         Placement(spec.key, path.kind, layouts[spec.key].bytes_for(tokens), "benchmark") for spec in specs
     ]
 
-    store = KVStore(specs, layouts, device, {path.kind: path}, no_growth, 2, tokens, 0)
+    store = KVStore(specs, layouts, device, {path.kind: path}, no_growth, 2, tokens, Scheduler())
     store.place(placements)
     for tensor in store.tensors.values():
         tensor.tokens = tokens

@@ -12,7 +12,7 @@ import click
 from dualblade.cli.options import settings_from
 from dualblade.cli.output import console, emit, json_option, table
 from dualblade.errors import ConfigError
-from dualblade.settings import KV_PATHS
+from dualblade.settings import KV_PATHS, PIPELINES
 
 _PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum": False, "stream": "never"}
 
@@ -28,19 +28,27 @@ _PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum
 @click.option("--kv-path", type=click.Choice(list(KV_PATHS)), default="direct", show_default=True)
 @click.option("--nvme", metavar="TARGET", help="Where the direct path lives [default: a file].")
 @click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Folder for KV files.")
-@click.option("--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead.")
+@click.option("--pipeline", type=click.Choice(list(PIPELINES)), default="adaptive", show_default=True)
+@click.option(
+    "--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead, at most."
+)
+@click.option("--scripted", is_flag=True, help="The pipeline alone: medium and compute keep to a script.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
 @click.option(
     "--trace", type=click.Path(path_type=Path, dir_okay=False), help="Timeline for Perfetto (JSON)."
 )
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Timeline as a picture (PNG).")
 @json_option
-def step(as_json: bool, trace: Path | None, plot: Path | None, **options: Any) -> None:
+def step(as_json: bool, trace: Path | None, plot: Path | None, scripted: bool, **options: Any) -> None:
     """One decode step over random KV, with dummy weights of a model's shapes.
 
     Beside it, in the same rounds: its storage alone and its compute alone. A perfect pipeline takes as long
-    as the longer of the two.
+    as the longer of the two. With --scripted a medium in RAM and a compute that sleeps take the place of the
+    drive and the model: every mode of the pipeline, for 1, 2, 7 and 32 layers.
     """
+    if scripted:
+        _scripted(as_json, options["rounds"])
+        return
     settings = settings_from(options | _PLAIN)
     if plot:
         _needs_matplotlib()
@@ -65,6 +73,31 @@ def step(as_json: bool, trace: Path | None, plot: Path | None, **options: Any) -
 
         _write(plot, timeline_png(timeline, f"{record['model']}, {record['context']} tokens"))
     emit(record, as_json, lambda record: _show(record, timeline.text()))
+
+
+def _scripted(as_json: bool, rounds: int) -> None:
+    from dualblade.bench.scripted import LAYERS, run_scripted_bench
+
+    screen = console()
+    record = run_scripted_bench(rounds, LAYERS, lambda text: screen.print(f"[dim]{text}[/dim]"))
+    emit(record, as_json, _show_scripted)
+
+
+def _show_scripted(record: dict[str, Any]) -> None:
+    click.echo("overlap efficiency, max(storage, compute) / step:")
+    table(
+        ("layers", "attention", "dominating", *PIPELINES, "adaptive / best"),
+        [
+            (
+                str(row["layers"]),
+                row["attention"],
+                row["dominating"],
+                *(f"{row['modes'][mode]['overlap_efficiency']:.2f}" for mode in PIPELINES),
+                f"{row['adaptive_to_best']:.2f}",
+            )
+            for row in record["rows"]
+        ],
+    )
 
 
 def _needs_matplotlib() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dualblade.settings import KV_PATHS, POLICIES, STREAM
+from dualblade.settings import KV_PATHS, PIPELINES, POLICIES, STREAM
 
 _OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--model", default="tiny", show_default=True, help="An alias, a hub id or a local folder."),
@@ -53,7 +53,16 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         help="Attend to a layer in chunks; auto: where its K and V do not fit the budget.",
     ),
     click.option("--checksum", is_flag=True, help="Verify every block that is read back (CRC-32C)."),
-    click.option("--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead."),
+    click.option(
+        "--pipeline",
+        type=click.Choice(list(PIPELINES)),
+        default="adaptive",
+        show_default=True,
+        help="What may travel while a layer computes; all but adaptive are for comparison.",
+    ),
+    click.option(
+        "--prefetch-depth", type=click.IntRange(min=0), metavar="N", help="Layers fetched ahead, at most."
+    ),
 ]
 
 
@@ -79,5 +88,6 @@ def settings_from(options: dict[str, Any]) -> Any:
         "prefetch_depth",
         "checksum",
         "stream",
+        "pipeline",
     )
     return CacheSettings.checked(**{name: options[name] for name in names})

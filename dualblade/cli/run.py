@@ -181,6 +181,16 @@ def show_summary(record: dict[str, Any]) -> None:
         screen.print(line, soft_wrap=True)
 
 
+def _pipeline_line(pipeline: dict[str, Any]) -> str:
+    depth, limit = pipeline["prefetch_depth"], pipeline["prefetch_depth_limit"]
+    words = f"pipeline {pipeline['mode']}: {depth} layers fetched ahead, of at most {limit}"
+    if not limit and not pipeline["chunk_tokens"] and pipeline["mode"] in ("adaptive", "cross-layer"):
+        words += "; slower, because the budget holds one layer's slots alone"
+    if pipeline["chunk_tokens"]:
+        words = f"pipeline {pipeline['mode']}: chunks of this layer and the next ones fetched ahead"
+    return f"{words}; {len(pipeline['decisions'])} decisions (--json has their reasons)"
+
+
 def _closing_lines(record: dict[str, Any]) -> list[str]:
     memory, pipeline, direct = record["memory"], record["pipeline"], record["paths"]["direct"]
     lines = [
@@ -193,6 +203,7 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         if direct["tensors"]
         else "direct path: not needed",
     ]
+    lines.append(_pipeline_line(pipeline))
     if pipeline["chunk_tokens"]:
         lines.append(f"attention streamed, in chunks of {pipeline['chunk_tokens']} tokens of a layer")
     lines += sorted(

@@ -103,6 +103,12 @@ class StoragePath(ABC):
             self.trace.add(f"{self.kind.value} {verb}", str(ticket.key), done.begun_s, done.ended_s)
         return None
 
+    def tune(self, queue_depth: int, command_bytes: int) -> None:
+        """Commands in flight, and bytes of each at most, from now on; within the queue's limits."""
+        now = self.queue.options
+        if (now.queue_depth, now.command_bytes) != (queue_depth, command_bytes):
+            self.queue.tune(queue_depth, command_bytes)
+
     def register(self, region: Region) -> int:
         return self.queue.register(region)
 

@@ -169,6 +169,8 @@ void glue_queue_stats(glue_queue *queue, glue_stats *out);
 int glue_queue_medium(glue_queue *queue, glue_medium *out);
 /* As they are in force: queue_depth and command_bytes. */
 void glue_queue_options(glue_queue *queue, uint32_t *queue_depth, uint32_t *command_bytes);
+/* Other ones from now on, at most those the queue was opened with: 0 or -EINVAL. From any thread. */
+int glue_queue_tune(glue_queue *queue, uint32_t queue_depth, uint32_t command_bytes);
 int glue_queue_fault(glue_queue *queue, const glue_fault *fault);
 /* Gives up on what has not completed. Returns the number of transfers given up: their memory may
  * still be written by the medium, so the caller must keep it. */

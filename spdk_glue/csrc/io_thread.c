@@ -8,7 +8,7 @@
 
 #include "queue.h"
 
-enum { EVENTS = 64 };
+enum { EVENTS = 64, STORE_SHARE = 4 };
 
 static uint64_t piece_bytes(const glue_piece *piece)
 {
@@ -129,9 +129,9 @@ static void cut_command(glue_queue *queue, struct transfer *transfer, struct com
         return;
     }
     command->offset = medium_offset(piece, transfer);
-    while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->options.command_bytes) {
+    while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->command_bytes) {
         uint64_t left = piece->run_bytes - transfer->in_run;
-        uint64_t room = queue->options.command_bytes - command->bytes;
+        uint64_t room = queue->command_bytes - command->bytes;
         uint64_t take = left < room ? left : room;
         if (!add_segment(command, queue->iov_capacity, run_address(piece, transfer), take))
             break;
@@ -193,11 +193,42 @@ static int start_command(glue_queue *queue, struct command *command)
     return error;
 }
 
-static void cut_and_start(glue_queue *queue, struct transfer *transfer)
+/* Loads go first: attention waits for them, and nobody for stores. While there are both, a share of the
+ * depth is for stores alone, and no more than that. */
+enum lane { LOADS, STORES };
+
+static enum lane lane_of(const struct transfer *transfer)
 {
+    return transfer->op == GLUE_READ ? LOADS : STORES;
+}
+
+static int startable(const struct transfer *transfer, enum lane lane)
+{
+    return lane_of(transfer) == lane && !transfer->waits_for && !transfer->cut_all;
+}
+
+static int any_startable(const glue_queue *queue, enum lane lane)
+{
+    for (const struct transfer *transfer = queue->active.first; transfer; transfer = transfer->next)
+        if (startable(transfer, lane))
+            return 1;
+    return 0;
+}
+
+/* Is there room in the lane for one more command? */
+static int has_room(const glue_queue *queue, enum lane lane, uint32_t limit)
+{
+    uint32_t loads = queue->reads_in_flight;
+    return queue->free_commands && queue->in_flight < queue->depth &&
+           (lane == LOADS ? loads : queue->in_flight - loads) < limit;
+}
+
+static void cut_and_start(glue_queue *queue, struct transfer *transfer, uint32_t limit)
+{
+    enum lane lane = lane_of(transfer);
     if (!transfer->done.begun_ns)
         transfer->done.begun_ns = clock_ns();
-    while (queue->free_commands && !transfer->cut_all) {
+    while (!transfer->cut_all && has_room(queue, lane, limit)) {
         struct command *command = queue->free_commands;
         queue->free_commands = command->next;
         cut_command(queue, transfer, command);
@@ -208,14 +239,23 @@ static void cut_and_start(glue_queue *queue, struct transfer *transfer)
     }
 }
 
-static void start_ready(glue_queue *queue)
+static void start_lane(glue_queue *queue, enum lane lane, uint32_t limit)
 {
     struct transfer *next;
-    for (struct transfer *transfer = queue->active.first; transfer && queue->free_commands; transfer = next) {
+    for (struct transfer *transfer = queue->active.first; transfer && has_room(queue, lane, limit); transfer = next) {
         next = transfer->next;
-        if (!transfer->waits_for && !transfer->cut_all)
-            cut_and_start(queue, transfer);
+        if (startable(transfer, lane))
+            cut_and_start(queue, transfer, limit);
     }
+}
+
+static void start_ready(glue_queue *queue)
+{
+    uint32_t depth = queue->depth, share = depth < 8 ? 1 : depth / STORE_SHARE;
+    int stores = any_startable(queue, STORES);
+    start_lane(queue, LOADS, stores && depth > 1 ? depth - share : depth);
+    if (stores)
+        start_lane(queue, STORES, queue->reads_in_flight ? share : depth);
 }
 
 /* Short: skip what was moved, so that the same command goes on. */

@@ -96,6 +96,8 @@ static int options_check(const glue_options *options)
 int queue_memory(glue_queue *queue)
 {
     uint32_t depth = queue->options.queue_depth;
+    queue->depth = depth;
+    queue->command_bytes = queue->options.command_bytes;
     /* A run is 4 KiB or more; the kernel takes 1024 segments a command. */
     uint32_t segments = queue->options.command_bytes / 4096 + 1;
     queue->iov_capacity = segments < 1024 ? segments : 1024;
@@ -314,8 +316,20 @@ int glue_queue_medium(glue_queue *queue, glue_medium *out)
 
 void glue_queue_options(glue_queue *queue, uint32_t *queue_depth, uint32_t *command_bytes)
 {
-    *queue_depth = queue->options.queue_depth;
-    *command_bytes = queue->options.command_bytes;
+    *queue_depth = queue->depth;
+    *command_bytes = queue->command_bytes;
+}
+
+int glue_queue_tune(glue_queue *queue, uint32_t queue_depth, uint32_t command_bytes)
+{
+    if (!queue_depth || queue_depth > queue->options.queue_depth)
+        return -EINVAL;
+    if (command_bytes < 4096 || command_bytes % 4096 || command_bytes > queue->options.command_bytes)
+        return -EINVAL;
+    queue->depth = queue_depth;
+    queue->command_bytes = command_bytes;
+    queue->ops->wake(queue->engine);
+    return 0;
 }
 
 int glue_queue_fault(glue_queue *queue, const glue_fault *fault)

@@ -33,6 +33,9 @@ struct glue_queue {
     char *strings[5]; /* what the options point to */
     pthread_t thread;
 
+    /* in force, at most what the options say; changed from any thread */
+    _Atomic uint32_t depth, command_bytes;
+
     pthread_mutex_t lock; /* guards the fields down to `failed` */
     pthread_cond_t changed;
     struct transfer_list incoming;

@@ -28,6 +28,7 @@ struct stress {
     uint32_t next_stamp;
     struct slot slots[SLOTS + 1]; /* one more than the queue takes, so that it does fill up */
     uint32_t under_way, reads_seen;
+    uint32_t depth, command_bytes; /* the queue's limits */
 };
 
 struct worker {
@@ -145,6 +146,13 @@ static int submit_random(struct stress *stress, unsigned *seed)
     return accepted;
 }
 
+static int tune(struct stress *stress, unsigned *seed)
+{
+    uint32_t depth = 1 + (uint32_t)rand_r(seed) % stress->depth;
+    uint32_t pages = 1 + (uint32_t)rand_r(seed) % (stress->command_bytes / 4096);
+    return glue_queue_tune(stress->queue, depth, pages * 4096);
+}
+
 static void *submitter(void *argument)
 {
     struct worker *worker = argument;
@@ -153,6 +161,8 @@ static void *submitter(void *argument)
         round += accepted;
         if (!accepted || rand_r(&worker->seed) % 4 == 0)
             take_completions(worker->stress, accepted ? 0 : 1000000);
+        if (rand_r(&worker->seed) % 16 == 0)
+            CHECK(!tune(worker->stress, &worker->seed));
     }
     return NULL;
 }
@@ -189,6 +199,7 @@ static void stress_queue(const glue_options *options)
     struct stress *stress = calloc(1, sizeof *stress);
     CHECK(stress);
     stress->queue = queue_of(options);
+    glue_queue_options(stress->queue, &stress->depth, &stress->command_bytes);
     pthread_mutex_init(&stress->lock, NULL);
     for (uint32_t i = 0; i <= SLOTS; i++)
         CHECK((stress->slots[i].memory = aligned_alloc(4096, LONGEST * BLOCK)) != NULL);

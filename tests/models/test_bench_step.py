@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dualblade.bench.scripted import DOMINATING, run_scripted_bench
 from dualblade.bench.step import StepBench, run_step_bench
 from dualblade.cli.main import main
-from dualblade.settings import CacheSettings
+from dualblade.settings import PIPELINES, CacheSettings
 
 
 def settings(folder: Path, **more: object) -> CacheSettings:
@@ -19,7 +20,7 @@ def settings(folder: Path, **more: object) -> CacheSettings:
 
 @pytest.mark.parametrize(("depth", "mode"), [(0, "none"), (2, "cross-layer")])
 def test_the_record(depth: int, mode: str, tmp_path: Path) -> None:
-    bench = StepBench("tiny", settings(tmp_path, prefetch_depth=depth), context=300, rounds=2)
+    bench = StepBench("tiny", settings(tmp_path, prefetch_depth=2, pipeline=mode), context=300, rounds=2)
     record, trace = run_step_bench(bench, lambda text: None)
     assert (record["mode"], record["prefetch_depth"], record["copy_s"]) == (mode, depth, 0)
     assert 0 < record["context"] <= 300
@@ -47,3 +48,16 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.Ca
     words = ["--model", "tiny", "--context", "200", "--rounds", "1", "--nvme", "mem:64M"]
     assert main(["bench", "step", *words, "--trace", str(tmp_path / "none" / "t.json")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_scripted_step_compares_every_mode() -> None:
+    record = run_scripted_bench(1, (2,), lambda text: None)
+    assert [(row["attention"], row["dominating"]) for row in record["rows"]] == [
+        (attention, part) for attention in ("one-piece", "streamed") for part in DOMINATING
+    ]
+    for row in record["rows"]:
+        assert set(row["modes"]) == set(PIPELINES)
+        for made in row["modes"].values():
+            assert 0 < made["overlap_efficiency"] < 1.1, "nothing is faster than its script"
+            assert made["storage_s"] == pytest.approx(2 / 64, rel=0.6), "every step reads all of it"
+        assert row["modes"]["adaptive"]["prefetch_depth"] == 1 or row["attention"] == "streamed"

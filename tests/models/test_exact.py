@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from dualblade import DualBladeCache
 from dualblade.layers import kv_specs
+from dualblade.pipeline import Mode
 from spdk_glue import Queue
 
 PROMPT, NEW = 230, 24
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     way: Way
     kv_path: str
     engine: str
+    pipeline: str = "adaptive"
 
 
 VALUES = [
@@ -57,7 +59,7 @@ def cases(rows) -> list[Case]:
 
 
 def name(case: Case) -> str:
-    return "-".join(str(part).removeprefix("torch.") for part in (*case.way, case.kv_path, case.engine))
+    return "-".join(str(part).removeprefix("torch.") for part in (*case.way, *case[1:]))
 
 
 def prompt(batch: int) -> dict[str, torch.Tensor]:
@@ -114,7 +116,7 @@ def files_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def check(case: Case, folder: Path, nvme: str | None = None) -> None:
     """nvme: a target of SPDK's, for the engine "spdk"."""
-    way, kv_path, engine = case
+    way, kv_path, engine, pipeline = case
     share = kv_bytes(way) // 3 if kv_path == "auto" else None
     with DualBladeCache(
         model_of(way.family, way.dtype).config,
@@ -126,6 +128,7 @@ def check(case: Case, folder: Path, nvme: str | None = None) -> None:
         batch_size=way.batch,
         dtype=way.dtype,
         cache_dir=folder,
+        pipeline=pipeline,
     ) as cache:
         assert_same(way, cache)
         paths = cache.report()["paths"]
@@ -139,7 +142,7 @@ def check(case: Case, folder: Path, nvme: str | None = None) -> None:
 
 
 @pytest.mark.needs("uring", "o_direct")
-@pytest.mark.parametrize("case", cases(AllPairs(VALUES)), ids=name)
+@pytest.mark.parametrize("case", cases(AllPairs([*VALUES, [mode.value for mode in Mode]])), ids=name)
 def test_pairs(case: Case, direct_dir: Path) -> None:
     check(case, direct_dir)
 

@@ -56,13 +56,13 @@ def label(value: object) -> str:
 
 @pytest.mark.parametrize(("case", "transport"), cases(AllPairs(VALUES)), ids=label)
 def test_pairs(case: Case, transport: str, targets: dict[str, str], direct_dir: Path) -> None:
-    check(case, direct_dir, targets[transport])
+    check(case, direct_dir, nvme=targets[transport])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "transport"), cases(product(*VALUES)), ids=label)
 def test_all(case: Case, transport: str, targets: dict[str, str], direct_dir: Path) -> None:
-    check(case, direct_dir, targets[transport])
+    check(case, direct_dir, nvme=targets[transport])
 
 
 @pytest.mark.parametrize("transport", ["vfio-user", "tcp"])
@@ -70,4 +70,4 @@ def test_streamed(
     transport: str, targets: dict[str, str], direct_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dualblade.pipeline.STREAM_CHUNK", 1)
-    assert_streamed_bits("llama", torch.bfloat16, 4, 50, direct_dir, targets[transport])
+    assert_streamed_bits("llama", torch.bfloat16, 4, 50, direct_dir, nvme=targets[transport])

@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 
 from dualblade import DualBladeCache
 from dualblade.errors import StorageError
+from dualblade.pipeline import Mode
 from dualblade.tensors import PathKind
 from spdk_glue import READ, WRITE
 
@@ -50,8 +51,9 @@ class CacheMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["spread", "first-fit"]),
         share=st.sampled_from(["4K", "40K", "400K"]),
         checksum=st.booleans(),
+        pipeline=st.sampled_from(Mode),
     )
-    def open(self, layers, batch, dtype, known, depth, policy, share, checksum) -> None:
+    def open(self, layers, batch, dtype, known, depth, policy, share, checksum, pipeline) -> None:
         self.layers, self.batch, self.dtype = layers, batch, dtype
         self.options = {
             "nvme": "mem:64M",
@@ -62,6 +64,7 @@ class CacheMachine(RuleBasedStateMachine):
             "cache_dir": self.folder,
             "dtype": dtype,
             "checksum": checksum,
+            "pipeline": pipeline.value,
         }
         if known:
             self.options |= {"max_tokens": 700, "batch_size": batch}

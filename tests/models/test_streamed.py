@@ -21,6 +21,7 @@ from dualblade.cli.main import main
 from dualblade.errors import BudgetError, ConfigError, StorageError
 from dualblade.handles import STREAMED, Handle, in_memory_cache
 from dualblade.layers import layer_shapes
+from dualblade.pipeline import Mode
 from dualblade.runner import Generation, Prompt, Sampling
 from dualblade.tensors import TensorKey
 from dualblade.zoo import TINY
@@ -86,9 +87,9 @@ def same(want, got) -> None:
 
 
 def assert_streamed_bits(
-    family: str, dtype: torch.dtype, batch: int, chunk: int | None, folder: Path, nvme: str = "mem:64M"
+    family: str, dtype: torch.dtype, batch: int, chunk: int | None, folder: Path, **more: str
 ) -> None:
-    with streamed(family, dtype, batch, folder, checksum=True, nvme=nvme) as cache:
+    with streamed(family, dtype, batch, folder, checksum=True, **more) as cache:
         got = generate(family, dtype, batch, chunk, cache)
         chunks, report = cache.storage.chunks, cache.report()
         # within: with another number of threads torch may round differently
@@ -109,6 +110,12 @@ def test_the_bits_of_the_same_pieces_in_memory(
 ) -> None:
     """Every logit: what the store does to the rows is exact, as in one piece."""
     assert_streamed_bits(family, dtype, batch, chunk, tmp_path)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("mode", list(Mode))
+def test_the_same_bits_in_every_mode(mode: Mode, tmp_path: Path) -> None:
+    assert_streamed_bits("llama", torch.float32, 4, 50, tmp_path, pipeline=mode.value)
 
 
 @functools.cache

@@ -13,12 +13,14 @@ from dualblade.bench.tensors import RawPath
 from dualblade.device import CpuDevice
 from dualblade.layout import choose_layout
 from dualblade.paths.base import StoragePath
+from dualblade.pipeline import Mode
 from dualblade.planner import make_specs
+from dualblade.scheduler import Scheduler
 from dualblade.staging import Slot
 from dualblade.store import KVStore
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import GIB
-from spdk_glue import MemOptions, Queue, QueueOptions, Region
+from spdk_glue import PAGE, MemOptions, Queue, QueueOptions, Region
 
 SHUFFLED = MemOptions(latency_us=20, reorder_seed=11)
 
@@ -60,12 +62,21 @@ class Shape:
     spare: int = 0
     capacity: int = 64
     checksum: bool = False
+    mode: Mode = Mode.CROSS_LAYER
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
         return make_specs(
             self.layers, self.batch, self.heads, self.head_dim, self.dtype.itemsize, self.tokens
         )
+
+
+def change_pace(store: KVStore, depth: int, queue_depth: int, pages: int) -> None:
+    """What the adaptive mode may do after any step."""
+    store.scheduler.depth = min(depth, store.scheduler.limit)
+    for path in store.paths.values():
+        limits = path.queue.limits
+        path.tune(min(queue_depth, limits.queue_depth), min(pages * PAGE, limits.command_bytes))
 
 
 class Alternating:
@@ -100,7 +111,7 @@ def make_store(
         placer,
         slots=2 * (shape.depth + 1) + shape.spare,
         capacity=shape.capacity,
-        prefetch_depth=shape.depth,
+        scheduler=Scheduler(shape.mode, shape.depth),
         checksum=shape.checksum,
     )
     if placed:

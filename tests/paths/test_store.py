@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import Checked, MemPath, Shape, make_store
+from stores import Checked, MemPath, Shape, change_pace, make_store
 
 from dualblade import store
 from dualblade.errors import ConfigError
 from dualblade.paths.base import StoragePath
 from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
+from dualblade.pipeline import Mode
 from dualblade.staging import Slot, SlotPool
 from dualblade.store import KVStore
 from dualblade.targets import open_target, open_volume
@@ -83,6 +84,7 @@ shapes = st.builds(
     spare=st.integers(0, 3),
     capacity=st.integers(1, 300),
     checksum=st.booleans(),
+    mode=st.sampled_from(Mode),
 )
 queues = st.builds(
     QueueOptions,
@@ -100,6 +102,7 @@ operations = st.one_of(
     st.tuples(st.just("load"), layer_numbers, st.sampled_from("KV")),
     st.tuples(st.just("crop"), layer_numbers, st.sampled_from("KV"), st.floats(0, 1)),
     st.tuples(st.just("flip"), layer_numbers, st.sampled_from("KV")),
+    st.tuples(st.just("pace"), st.integers(0, 3), st.integers(1, 6), st.integers(1, 9)),
     st.tuples(st.just("flush")),
     st.tuples(st.just("reset")),
 )
@@ -113,6 +116,8 @@ def carry_out(checked: Checked, operation: tuple) -> None:
         checked.reset()
     elif name == "flush":
         checked.store.flush()
+    elif name == "pace":
+        change_pace(checked.store, *rest)
     else:
         key = TensorKey(rest[0] % checked.shape.layers, rest[1])
         if name == "append":

@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import MemPath, Shape, make_store
+from stores import MemPath, Shape, change_pace, make_store
 
+from dualblade.adaptive import StoreShare
 from dualblade.device import CpuDevice
 from dualblade.errors import ConfigError, StorageError
 from dualblade.paths.pagecache import PageCachePath
+from dualblade.pipeline import Mode
 from dualblade.streamed_store import StreamedStore
 from dualblade.tensors import PathKind, TensorKey
 from spdk_glue import PAGE, READ, WRITE, MemOptions, QueueOptions, Region, plain
@@ -111,6 +113,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("crop"), st.integers(0, 100)),
     st.tuples(st.just("flip")),
     st.tuples(st.just("reset")),
+    st.tuples(st.just("pace"), st.integers(0, 3), st.integers(1, 6), st.integers(1, 9)),
+    st.tuples(st.just("store slots"), st.sampled_from([2, 4, 6])),
     st.tuples(st.just("flush")),
 )
 
@@ -129,6 +133,10 @@ def carry_out(streamed: Streamed, operation: tuple) -> None:
         streamed.crop(min(streamed.tokens(layer) for layer in range(3)) * arguments[0] // 100)
     elif name == "flush":
         streamed.store.flush()
+    elif name == "pace":
+        change_pace(streamed.store, *arguments)
+    elif name == "store slots":
+        streamed.store.scheduler.store_share = StoreShare(arguments[0], 2, 6)
     else:
         getattr(streamed, name)(*arguments)
 
@@ -139,17 +147,18 @@ def carry_out(streamed: Streamed, operation: tuple) -> None:
     batch=st.sampled_from([1, 3]),
     capacity=st.sampled_from([1, CHUNK, 3 * BLOCK]),
     both=st.booleans(),
+    mode=st.sampled_from(Mode),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_schedule(
-    operations: list[tuple], slots: int, batch: int, capacity: int, both: bool, seed: int
+    operations: list[tuple], slots: int, batch: int, capacity: int, both: bool, mode: Mode, seed: int
 ) -> None:
     """With slow and reordered completions, few slots and many, one path and both."""
     kinds = list(PathKind) if both else [PathKind.DIRECT]
     script = MemOptions(latency_us=200, reorder_seed=seed)
     paths = {kind: MemPath(OPTIONS, script, kind=kind) for kind in kinds}
-    shape = shape_of(batch=batch, capacity=capacity, spare=slots, checksum=True)
+    shape = shape_of(batch=batch, capacity=capacity, spare=slots, checksum=True, mode=mode)
     streamed = Streamed(shape, paths, seed)
     try:
         for operation in operations:
