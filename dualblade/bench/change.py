@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dualblade.bench.baselines import OURS
-from dualblade.bench.figures import median, paired_ratio, reference_digests
+from dualblade.bench.figures import median, paired_ratio, peak, reference_digests
 from dualblade.bench.limit import MemoryLimit
 from dualblade.bench.workloads import Budget, Need
 
@@ -77,7 +77,7 @@ def _row(mine: Sequence[Run], runs: Sequence[Run], exact: Mapping[str, Any]) -> 
         "decode_s_per_token": median(mine, "decode_s_per_token"),
         **{f"{name}_s": median(mine, f"{name}_s") for name in PHASES},
         "limits_refused": sum(run["limits_refused"] for run in mine),
-        "peak_bytes": max(run["peak_bytes"] for run in mine),
+        "peak_bytes": max(peak(run) for run in mine),
         "verified": all(run[name] == value for run in mine for name, value in exact.items()),
         "decode_vs_static": paired_ratio(mine, static, "decode_s_per_token"),
     }

@@ -198,8 +198,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "cannot hold.",
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
         "of SSD: bytes read a second while reads were under way, as a part of the limit of the same round.",
-        "peak: memory of the process and the cached pages of its files, sampled every 100 ms; the largest "
-        "of all rounds.",
+        "peak: what the cgroup was charged with and hugepages, or else memory of the process and the cached "
+        "pages of its files, sampled every 100 ms; the largest of all rounds.",
         "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those "
         "of transformers' own cache (or, where it does not fit, those of most runs).",
     ]

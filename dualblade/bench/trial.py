@@ -100,19 +100,20 @@ def run_trial(trial: Trial, tell: Callable[[int], None]) -> dict[str, Any]:
         model = make_model(trial.workload, config, dtype)
         subject = stack.enter_context(closing(make_subject(trial.baseline, stage)))
         meter = stack.enter_context(MemoryMeter(subject.cached_fds))
-        _charge_hugepages(trial)
+        held = _without_hugepages(trial)
         record = _measure(trial, model, subject, tell)
-        record |= {"peak_bytes": meter.peak_bytes, "facts": subject.facts()}
+        record |= {"peak_bytes": meter.peak_bytes, "hugetlb_bytes": held, "facts": subject.facts()}
         if trial.baseline != COMPUTE:
             record["kv_digest"] = digest(subject, stage)
     return record
 
 
-def _charge_hugepages(trial: Trial) -> None:
-    """A memory cgroup does not count them, so its limit is the budget without them."""
+def _without_hugepages(trial: Trial) -> int:
+    """A memory cgroup does not count them, so its limit is the budget without them. Returns their bytes."""
     held = process_memory(Host()).hugetlb
     if trial.cgroup and held:
         adopt(trial.cgroup).set(trial.budget - held)
+    return held
 
 
 def _measure(trial: Trial, model: Any, subject: Subject, tell: Callable[[int], None]) -> dict[str, Any]:

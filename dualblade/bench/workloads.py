@@ -23,8 +23,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "kv-heavy": {
         "model_type": "llama",
         "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_hidden_layers": 16,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,

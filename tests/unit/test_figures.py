@@ -24,6 +24,7 @@ def run(baseline: str, number: int, decode: float, **more: Any) -> dict[str, Any
         "read_busy_s_per_token": 1.0,
         "peak_bytes": GIB + number,
         "cgroup_peak_bytes": None,
+        "hugetlb_bytes": 5,
         "logits_digest": "a",
         "kv_digest": "b",
         "facts": {},
@@ -54,6 +55,12 @@ def test_medians_and_the_largest_peak() -> None:
     assert row["decode_spread_s"] == [0.2, 0.9]
     assert row["peak_bytes"] == GIB + 2
     assert row["rounds"] == 3
+
+
+def test_the_peak_is_what_was_charged_and_hugepages_where_the_kernel_tells() -> None:
+    row = rows_of([run("dual", n, 0.5, cgroup_peak_bytes=GIB // 2 + n) for n in range(3)])["dual"]
+    assert row["peak_bytes"] == GIB // 2 + 2 + 5
+    assert row["sampled_peak_bytes"] == GIB + 2
 
 
 def test_utilisation_is_of_the_limit_of_the_same_round() -> None:
