@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import takewhile
 
 from dualblade.host.cgroup import memory_cgroups
 from dualblade.host.sysfs import Host
 
 _PATIENCE_S = 5.0
+_MOUNT = "/sys/fs/cgroup"
 _V1 = ("memory.limit_in_bytes", "memory.max_usage_in_bytes")
 _V2 = ("memory.max", "memory.peak")
 
@@ -54,20 +56,38 @@ class MemoryLimit:
 def make_limit(name: str, nbytes: int, host: Host = Host()) -> MemoryLimit | str:  # noqa: B008
     """A cgroup with that limit, or one line why there is none. Raises ConfigError where this process is in a
     memory cgroup whose files cannot be read."""
+    reason = ""
+    for parent in _parents(host):
+        made = _make_in(parent, name, nbytes, host)
+        if isinstance(made, MemoryLimit):
+            return made
+        reason = reason or made
+    return reason
+
+
+def _parents(host: Host) -> list[str]:
+    """Its own cgroup, and those above it up to one with a limit, which must go on to hold. A cgroup v2 that
+    processes are in can have none with a memory limit below it."""
     levels = memory_cgroups(host)
-    own = levels[0].path if levels else ""
-    v1 = host.exists(f"{own}/{_V1[0]}") if own else host.exists(f"/sys/fs/cgroup/memory/{_V1[0]}")
-    directory = f"{own or ('/sys/fs/cgroup/memory' if v1 else '/sys/fs/cgroup')}/{name}"
-    made = MemoryLimit(host, directory, _V1 if v1 else _V2)
+    free = list(takewhile(lambda level: level.limit is None, levels))
+    parents = [level.path for level in levels[: len(free) + 1]]
+    if len(free) == len(levels):
+        parents += [f"{_MOUNT}/memory" if host.exists(f"{_MOUNT}/memory/{_V1[0]}") else _MOUNT]
+    return list(dict.fromkeys(parents))
+
+
+def _make_in(parent: str, name: str, nbytes: int, host: Host) -> MemoryLimit | str:
+    directory = f"{parent}/{name}"
     try:
         host.make_folder(directory)
     except OSError as error:
-        return f"no memory cgroup can be made in {os.path.dirname(directory)}: {error.strerror}"
+        return f"no memory cgroup can be made in {parent}: {error.strerror}"
+    made = adopt(directory, host)
     try:
         made.set(nbytes)
     except OSError as error:
         made.remove()
-        return f"{os.path.dirname(directory)} hands out no memory limits: {error.strerror}"
+        return f"{parent} hands out no memory limits: {error.strerror}"
     return made
 
 

@@ -83,3 +83,37 @@ def test_both_versions(files: tuple[str, str], limit_file: str, tmp_path: Path) 
     made.set(5 * MIB)
     assert (tmp_path / "sys/fs/cgroup/run" / limit_file).read_text() == str(5 * MIB)
     assert made.peak == 7
+
+
+V2 = {
+    "proc/self/cgroup": "0::/user/session\n",
+    "proc/self/mountinfo": "30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+    "sys/fs/cgroup/cgroup.controllers": "memory",
+}
+
+
+def level(path: str, limit: str) -> dict[str, str]:
+    texts = {
+        "cgroup.controllers": "memory", "cgroup.events": "", "memory.max": limit, "memory.high": "max",
+        "memory.current": "0", "memory.stat": "",
+    }  # fmt: skip
+    return {f"sys/fs/cgroup/{path}/{name}": text for name, text in texts.items()}
+
+
+@pytest.mark.parametrize(
+    ("limit", "tried"), [("max", ["user/session", "user", ""]), ("900", ["user/session"])]
+)
+def test_it_looks_further_up_but_never_past_a_limit(limit: str, tried: list[str], tmp_path: Path) -> None:
+    """In a tree of files no folder has a limit of its own, so that all that may be tried are."""
+    host = tree(tmp_path, V2 | level("user", "max") | level("user/session", limit))
+    seen: list[str] = []
+
+    class Seeing(Host):
+        def make_folder(self, path: str) -> None:
+            seen.append(path.removeprefix("/sys/fs/cgroup").removesuffix("/run").strip("/"))
+            super().make_folder(path)
+
+    made = make_limit("run", MIB, Seeing(host.root))
+    assert isinstance(made, str)
+    assert "/sys/fs/cgroup/user/session hands out no memory limits" in made
+    assert seen == tried
