@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from spdk_glue import Region
+from spdk_glue import FileRegion, Region
 
 
 @contextmanager
@@ -37,7 +37,9 @@ class CpuDevice:
         self.dtype = dtype
         self.itemsize = dtype.itemsize
 
-    def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> torch.Tensor:
+    def open(
+        self, region: Region | FileRegion, offset: int, runs: int, capacity: int, head_dim: int
+    ) -> torch.Tensor:
         """[runs, capacity, head_dim] over the region's bytes from `offset` on; no copy."""
         count = runs * capacity * head_dim
         flat = torch.frombuffer(region.buffer(), dtype=self.dtype, count=count, offset=offset)

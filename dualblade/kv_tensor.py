@@ -10,8 +10,9 @@ from typing import Any
 from dualblade.integrity import Checksums
 from dualblade.layout import Layout
 from dualblade.paths.base import Room, Ticket
+from dualblade.staging import Slot
 from dualblade.tensors import PathKind, TensorSpec
-from spdk_glue import Piece, plain
+from spdk_glue import FileRegion, Piece, plain
 
 
 @dataclass(slots=True)
@@ -32,9 +33,25 @@ class Segment:
 
 
 @dataclass(slots=True)
+class Home:
+    """A tensor that lives in one place, head-major, [batch x KV head, capacity, head_dim], and is read there:
+    page-cache memory. slot: stands for all of it."""
+
+    room: Room
+    region: FileRegion
+    slot: Slot
+    capacity: int
+
+    def close(self) -> None:
+        """The memory goes back when nobody has a view of it any more."""
+        self.slot.view = None
+        self.region.close()
+
+
+@dataclass(slots=True)
 class Tensor:
     """tail: the unfinished block, [runs, block_tokens, head_dim]; tail_offset: its byte in the tails'
-    region. checksums: of the blocks on the medium, or None. writes: under way."""
+    region. checksums: of the blocks on the medium, or None. writes: under way. home: instead of segments."""
 
     spec: TensorSpec
     layout: Layout
@@ -44,6 +61,7 @@ class Tensor:
     tokens: int = 0
     segments: list[Segment] = field(default_factory=list)
     writes: list[Ticket] = field(default_factory=list)
+    home: Home | None = None
 
     @property
     def blocks(self) -> int:

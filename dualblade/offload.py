@@ -167,9 +167,11 @@ class Offload:
         }
         if path is not None:
             stats = path.queue.stats()
-            record["read_bytes"], record["write_bytes"] = stats.read_bytes, stats.write_bytes
-            if stats.read_busy_s:
-                record["read_gib_s"] = stats.read_bytes / GIB / stats.read_busy_s
+            record["read_bytes"] = stats.read_bytes + path.in_place_read
+            record["write_bytes"] = stats.write_bytes + path.in_place_written
+            record["read_in_place_bytes"] = path.in_place_read
+            if reading := stats.read_busy_s + path.in_place_s:
+                record["read_gib_s"] = record["read_bytes"] / GIB / reading
             record |= {"engine": path.queue.engine, "target": path.target}
             if path.queue.reason:
                 record["reason"] = path.queue.reason

@@ -4,23 +4,25 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from dualblade.errors import ConfigError, DualBladeError, StorageError
+from dualblade.in_place import make_home, populate
 from dualblade.integrity import Checksums
 from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import Layout
 from dualblade.paths.base import StoragePath, Ticket
 from dualblade.pipeline import layers_ahead
-from dualblade.scheduler import Scheduler, Traffic
+from dualblade.scheduler import Scheduler
 from dualblade.staging import Slot, SlotPool
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.trace import Trace
+from dualblade.traffic import reads_of_layers, traffic
 from dualblade.units import MIB
-from spdk_glue import PAGE, READ, WRITE, Region
+from spdk_glue import PAGE, READ, WRITE, FileRegion, Region
 
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
@@ -28,7 +30,9 @@ LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this,
 class Device(Protocol):
     """What the store asks of a device (see device.py)."""
 
-    def open(self, region: Region, offset: int, runs: int, capacity: int, head_dim: int) -> Any: ...
+    def open(
+        self, region: Region | FileRegion, offset: int, runs: int, capacity: int, head_dim: int
+    ) -> Any: ...
     def copy_rows(self, source: Any, start: int, out: Any, at: int, count: int) -> None: ...
     def write_rows(self, rows: Any, out: Any, at: int, start: int = 0, count: int | None = None) -> None: ...
 
@@ -48,6 +52,8 @@ class KVStore:
     error, or an interrupt half-way, nothing is served any more. checksum: remember a checksum of
     every block that is written, and verify each one that is read.
     """
+
+    reads_in_place = True  # tensors that the page cache holds
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class KVStore:
         self._slots = slots
         self._of_env = any(path.queue.needs_env_memory for path in paths.values())
         self._layer: int | None = None
+        self._entered_at = 0.0
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
         self._tails, self.tensors = self._make_tensors(specs, layouts)
@@ -111,7 +118,10 @@ class KVStore:
             rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
             for room in rooms:
                 tensor = self.tensors[room.key]
-                tensor.segments.append(Segment(0, room.nbytes // tensor.layout.block_bytes, room))
+                if self.reads_in_place and not self.checksum:  # these are of what is copied
+                    tensor.home = make_home(tensor, path, room, self.device)
+                if tensor.home is None:
+                    tensor.segments.append(Segment(0, room.nbytes // tensor.layout.block_bytes, room))
         self.placements += placements
 
     # load -----------------------------------------------------------------------------------
@@ -149,47 +159,64 @@ class KVStore:
 
     def _enter_layer(self, layer: int, tokens: int) -> None:
         """Let the last layer's slots go, and start what this layer and the next ones need."""
-        if layer == self._layer and tokens <= self.capacity:
+        if layer == self._layer and self._fits(layer, tokens):
             return
         self._leave_layer()
+        self._entered_at = time.monotonic()
         self._begin_layer(layer)
-        if tokens > self.capacity:
-            self._grow_pool(tokens)
+        if not self._fits(layer, tokens):
+            self._outgrow(layer, tokens)
         self._layer = layer
         for key in self._keys(layer):
-            slot = self._fetched.pop(key, None) or self._fetch(key, wait=True)
+            home = self.tensors[key].home
+            slot = home.slot if home else self._fetched.pop(key, None) or self._fetch(key, wait=True)
             if slot is None:
                 raise ConfigError(f"the staging pool has too few slots for {key}")
             self._in_use[key] = slot
         self.prefetch(layer)
 
+    def _fits(self, layer: int, tokens: int) -> bool:
+        homes = (self.tensors[key].home for key in self._keys(layer))
+        return all(tokens <= (home.capacity if home else self.capacity) for home in homes)
+
+    def _outgrow(self, layer: int, tokens: int) -> None:
+        """More tokens than were foreseen: longer slots, and tensors that are read in place move out."""
+        if tokens > self.capacity:
+            self._grow_pool(tokens)
+        for key in self._keys(layer):
+            if self.tensors[key].home:
+                self._move_out(key)
+
+    def _move_out(self, key: TensorKey) -> None:
+        """From its one place to segments, which can be added to. Nothing of the layer is in use."""
+        tensor = self.tensors[key]
+        slot, home = self._fetch(key, wait=True), tensor.home
+        if slot is None or home is None:
+            raise ConfigError(f"the staging pool has too few slots for {key}")
+        self.device.copy_rows(home.slot.view, 0, slot.view, 0, tensor.tokens)
+        tensor.home = None
+        self._make_room(tensor)
+        self._write(tensor, slot, 0, tensor.full)
+        self._keep_tail(tensor, slot, tensor.tokens)
+        self.pool.give_back(slot)
+        self.paths[home.room.path].release([home.room])
+
     def _begin_layer(self, layer: int) -> None:
         """What a step took may change how the next one is fetched."""
         if not self.scheduler.enter(layer, self.stall_s):
             return
-        self.scheduler.step_ended(self._traffic(), self._reads)
+        self.scheduler.step_ended(traffic(self.paths), partial(reads_of_layers, self._layers, self.tensors))
         direct, drive = self.paths.get(PathKind.DIRECT), self.scheduler.drive
         if direct and drive:
             direct.tune(drive.queue_depth, drive.command_bytes)
 
-    def _traffic(self) -> dict[str, Traffic]:
-        stats = {kind.value: path.queue.stats() for kind, path in self.paths.items()}
-        return {kind: Traffic(each.read_bytes, each.read_busy_s) for kind, each in stats.items()}
-
-    def _reads(self) -> list[Counter[str]]:
-        """Bytes that each layer reads of each path."""
-        layers = []
-        for layer in self._layers:
-            reads: Counter[str] = Counter()
-            for key in self._keys(layer):
-                for kind, nbytes in self.tensors[key].bytes_on_paths():
-                    reads[kind.value] += nbytes
-            layers.append(reads)
-        return layers
-
     def _leave_layer(self) -> None:
-        for slot in self._in_use.values():
-            self.pool.give_back(slot)
+        for key, slot in self._in_use.items():
+            home = self.tensors[key].home
+            if home is None:
+                self.pool.give_back(slot)
+            elif key.kind == "K" or self.tensors[TensorKey(key.layer, "K")].home is None:
+                self.paths[home.room.path].in_place_s += time.monotonic() - self._entered_at
         self._in_use.clear()
         self._layer = None
 
@@ -202,7 +229,7 @@ class KVStore:
         """Start reading the layers after `layer` into the slots that are free."""
         for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.scheduler.depth):
             for key in self._keys(self._layers[ahead]):
-                if key in self._fetched or not self.tensors[key].full:
+                if key in self._fetched or self.tensors[key].home or not self.tensors[key].full:
                     continue
                 slot = self._fetch(key, wait=False)
                 if slot is None:
@@ -244,7 +271,9 @@ class KVStore:
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
-        if tensor.full:
+        if tensor.home:
+            populate(tensor, tensor.home, self.paths[tensor.home.room.path])
+        elif tensor.full:
             self._await_writes(tensor)
         ended = time.monotonic()
         self.stall_s += ended - begun
@@ -267,7 +296,7 @@ class KVStore:
 
     def _restore_tail(self, tensor: Tensor, slot: Slot) -> None:
         begin = tensor.full * tensor.layout.block_tokens
-        if tensor.tokens > begin:
+        if tensor.tokens > begin and tensor.home is None:
             self.device.copy_rows(tensor.tail, 0, slot.view, begin, tensor.tokens - begin)
 
     # append ---------------------------------------------------------------------------------
@@ -276,11 +305,14 @@ class KVStore:
         """`count` new tokens are in the slot behind the old ones. Whole blocks are written behind
         the caller's back; the rest stays in memory. Raises StorageError, CapacityError."""
         tensor = self.tensors[key]
-        if self._in_use.get(key) is not slot or tensor.tokens + count > self.capacity:
+        if self._in_use.get(key) is not slot or not self._fits(key.layer, tensor.tokens + count):
             raise ValueError(f"{slot} was not loaded for {key} and {count} more tokens")
         with self.failing():
             old = tensor.full
             tensor.tokens += count
+            if tensor.home:
+                self.paths[tensor.home.room.path].in_place_written += count * tensor.spec.token_bytes
+                return
             if tensor.full > old:
                 self._make_room(tensor)
                 self._write(tensor, slot, old, tensor.full)
@@ -330,7 +362,7 @@ class KVStore:
         tensor = self.tensors[key]
         full = tensor.layout.full_blocks(tokens)
         with self.failing():
-            if full < tensor.full and tokens % tensor.layout.block_tokens:
+            if tensor.home is None and full < tensor.full and tokens % tensor.layout.block_tokens:
                 self._await_writes(tensor)
                 self._read_tail(tensor, full)
             tensor.tokens = tokens
@@ -350,6 +382,8 @@ class KVStore:
         slot = self.load(key)
         with self.failing():
             change(slot.view, tensor.tokens)
+            if tensor.home:
+                return
             self._write(tensor, slot, 0, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)
 
@@ -390,6 +424,11 @@ class KVStore:
         Raises StorageError where tidying up failed and nothing had failed before.
         """
         given_up, trouble = 0, self.failure
+        self._leave_layer()
+        for tensor in self.tensors.values():
+            if tensor.home:
+                tensor.home.close()
+                tensor.home = None
         for path in self.paths.values():
             try:
                 given_up += path.close()

@@ -51,6 +51,8 @@ class StreamedStore(KVStore):
     half-way, nothing is served.
     """
 
+    reads_in_place = False
+
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self._chunks: dict[Place, _Chunk] = {}

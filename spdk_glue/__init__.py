@@ -11,7 +11,7 @@ from spdk_glue.errors import (
     why_no_uring,
 )
 from spdk_glue.files import FileFacts, cached_bytes, file_facts
-from spdk_glue.memory import PAGE, Region
+from spdk_glue.memory import PAGE, FileRegion, Region
 from spdk_glue.queue import (
     FLUSH,
     READ,
@@ -29,8 +29,8 @@ from spdk_glue.queue import (
 )
 
 __all__ = [
-    "FLUSH", "PAGE", "READ", "TRIM", "WRITE", "Completion", "Environment", "FileFacts", "GlueError", "Medium",
-    "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions", "QueueStats", "Region",
-    "TransferError", "TransferTimeout", "cached_bytes", "engines", "environment", "file_facts", "last_words",
-    "plain", "spdk_version", "start_environment", "why_no_uring",
+    "FLUSH", "PAGE", "READ", "TRIM", "WRITE", "Completion", "Environment", "FileFacts", "FileRegion",
+    "GlueError", "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions",
+    "QueueStats", "Region", "TransferError", "TransferTimeout", "cached_bytes", "engines", "environment",
+    "file_facts", "last_words", "plain", "spdk_version", "start_environment", "why_no_uring",
 ]  # fmt: skip

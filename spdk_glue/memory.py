@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import Any
 
@@ -80,3 +81,36 @@ class Region:
     def __repr__(self) -> str:
         state = f"{self.size} bytes, {self.kind}" if self.address else "closed"
         return f"<Region {state}>"
+
+
+class FileRegion:
+    """`size` bytes of an open file from `offset` on, as memory that is the page cache itself: whole pages of
+    4 KiB. The file may be closed meanwhile. Raises OSError."""
+
+    def __init__(self, fd: int, offset: int, size: int):
+        self._map: Any = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        self._buffer: Any = memoryview(self._map)
+        self.size = size
+        self.address = int(ffi.cast("uintptr_t", ffi.from_buffer(self._map)))
+
+    def buffer(self, offset: int = 0, size: int | None = None) -> memoryview:
+        """A writable view of part of the region. It keeps the memory alive."""
+        end = self.size if size is None else offset + size
+        if not 0 <= offset <= end <= self.size:
+            raise ValueError(f"bytes {offset} to {end} are not in a region of {self.size}")
+        view: memoryview = self._buffer[offset:end]
+        return view
+
+    def populate(self, nbytes: int, stride: int, runs: int) -> int:
+        """Read in what is missing of `runs` ranges, each `nbytes` long, `stride` apart: how many bytes that
+        were. Afterwards no touch of them waits for the drive, or fails. Raises GlueError (EIO)."""
+        missing = lib.glue_populate(self.address, nbytes, stride, runs)
+        return int(check(missing, "read mapped memory in"))
+
+    def close(self) -> None:
+        """The memory goes back when the last view of it is gone."""
+        self._buffer = self._map = None
+        self.address = 0
+
+    def __repr__(self) -> str:
+        return f"<FileRegion {self.size} bytes>" if self.address else "<FileRegion closed>"

@@ -11,7 +11,7 @@ from dualblade.errors import StorageError
 from dualblade.layout import PAGE
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.trace import Trace
-from spdk_glue import READ, Piece, Queue, Region, TransferError, TransferTimeout
+from spdk_glue import READ, FileRegion, Piece, Queue, Region, TransferError, TransferTimeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,9 @@ class StoragePath(ABC):
         self.queue = queue
         self.timeout_s = timeout_s
         self.trace: Trace | None = None
+        # through map(): bytes, and seconds in which attention had such a tensor before it
+        self.in_place_read = self.in_place_written = 0
+        self.in_place_s = 0.0
 
     @property
     @abstractmethod
@@ -78,6 +81,10 @@ class StoragePath(ABC):
     def release(self, rooms: Sequence[Room]) -> None:
         """Give rooms back; their bytes are gone."""
 
+    def map(self, room: Room) -> FileRegion | None:
+        """A room's bytes as memory, or None where the path has no such thing. Raises CapacityError."""
+        return None
+
     @abstractmethod
     def close(self) -> int:
         """Leave nothing behind. Returns the transfers given up, whose memory must be kept."""
@@ -91,13 +98,13 @@ class StoragePath(ABC):
         try:
             return Ticket(self, key, op, self.queue.submit(op, pieces, self.timeout_s))
         except OSError as error:
-            raise self._storage_error(key, op, error) from error
+            raise self.error_of(key, op, error) from error
 
     def outcome(self, ticket: Ticket, tag: int) -> StorageError | None:
         try:
             done = self.queue.wait(tag, self.timeout_s)
         except OSError as error:
-            return self._storage_error(ticket.key, ticket.op, error)
+            return self.error_of(ticket.key, ticket.op, error)
         if self.trace is not None:
             verb = "reads" if ticket.op == READ else "writes"
             self.trace.add(f"{self.kind.value} {verb}", str(ticket.key), done.begun_s, done.ended_s)
@@ -112,7 +119,7 @@ class StoragePath(ABC):
     def register(self, region: Region) -> int:
         return self.queue.register(region)
 
-    def _storage_error(self, key: TensorKey, op: int, error: OSError) -> StorageError:
+    def error_of(self, key: TensorKey, op: int, error: OSError) -> StorageError:
         verb = "reading" if op == READ else "writing"
         where = f"{verb} {key} on the {self.kind.value} path ({self.target})"
         if isinstance(error, TransferError):

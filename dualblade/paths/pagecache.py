@@ -14,7 +14,7 @@ from dualblade.paths.base import Room, StoragePath
 from dualblade.target_files import check_room
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
-from spdk_glue import Queue, QueueOptions, file_facts
+from spdk_glue import FileRegion, Queue, QueueOptions, file_facts
 
 # Inserting pages is serialised per file, so neighbouring tensors go to different files.
 FILES = 4
@@ -78,6 +78,15 @@ class PageCachePath(StoragePath):
         self._reserve(sizes)
         self._sizes = sizes
         return rooms
+
+    def map(self, room: Room) -> FileRegion:
+        try:
+            return FileRegion(self.fds[room.file], room.offset, room.nbytes)
+        except OSError as error:
+            raise CapacityError(
+                f"{format_size(room.nbytes)} of a file in {self.folder} cannot be mapped: {error.strerror}",
+                "see `ulimit -v`, or keep all on the drive with --kv-path direct",
+            ) from error
 
     def _reserve(self, sizes: list[int]) -> None:
         check_room(self.folder, sum(sizes) - sum(self._sizes))

@@ -183,5 +183,8 @@ void glue_memory_free(void *address, uint64_t size);
 int glue_file_facts_of(int fd, glue_file_facts *out);
 /* Bytes of the file that the page cache holds, or -errno. */
 int64_t glue_cached_bytes(int fd);
+/* Of memory that maps a file: make `runs` ranges present, each `bytes` long, `stride` apart. Returns the bytes
+ * that were not, or -errno: -EIO where the file cannot be read, and a touch would raise SIGBUS. */
+int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);
 
 #endif

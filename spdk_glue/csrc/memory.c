@@ -147,3 +147,48 @@ int64_t glue_cached_bytes(int fd)
         return (int64_t)counts[0] * sysconf(_SC_PAGESIZE);
     return errno == ENOSYS || errno == EOPNOTSUPP || errno == EPERM ? cached_by_mincore(fd) : -errno;
 }
+
+static const uintptr_t PAGE = 4096;
+
+static int64_t missing_bytes(char *at, size_t bytes)
+{
+    unsigned char present[4096];
+    int64_t missing = 0;
+    for (size_t done = 0; done < bytes;) {
+        size_t left = bytes - done, most = sizeof present * PAGE;
+        size_t step = left < most ? left : most;
+        if (mincore(at + done, step, present))
+            return -errno;
+        for (size_t page = 0; page < round_up(step, PAGE) / PAGE; page++)
+            missing += !(present[page] & 1);
+        done += step;
+    }
+    return missing * (int64_t)PAGE;
+}
+
+static int populate(char *at, size_t bytes)
+{
+    const int populate_read = 22; /* Linux 5.14; the C library of Debian 11 does not know it */
+    if (!madvise(at, bytes, populate_read))
+        return 0;
+    if (errno != EINVAL)
+        return errno == ENOMEM || errno == EINTR ? -errno : -EIO;
+    for (size_t page = 0; page < bytes; page += PAGE)
+        (void)*(volatile char *)(at + page);
+    return 0;
+}
+
+int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs)
+{
+    int64_t total = 0;
+    for (uint32_t run = 0; run < runs; run++) {
+        uintptr_t begin = address + run * stride, end = round_up(begin + bytes, PAGE);
+        begin -= begin % PAGE;
+        int64_t missing = missing_bytes((char *)begin, end - begin);
+        int error = missing > 0 ? populate((char *)begin, end - begin) : 0;
+        if (missing < 0 || error)
+            return missing < 0 ? missing : error;
+        total += missing;
+    }
+    return total;
+}
