@@ -209,8 +209,8 @@ class DualBlade(Subject):
         if any(item.path is PathKind.DIRECT for item in storage.store.placements):
             stats = storage.paths[PathKind.DIRECT].queue.stats()
             return Reading(stats.read_bytes, stats.read_busy_s)
-        cached = storage.paths[PathKind.PAGE_CACHE].queue.stats()
-        return Reading(process_read_bytes(), cached.read_busy_s)
+        cached = storage.paths[PathKind.PAGE_CACHE]
+        return Reading(process_read_bytes(), cached.queue.stats().read_busy_s + cached.in_place_s)
 
     def cached_fds(self) -> Iterable[int]:
         path = self.cache.storage.paths.get(PathKind.PAGE_CACHE)

@@ -153,6 +153,7 @@ def test_flexgen_stores_what_is_new_and_reads_all_for_each_token(
     monkeypatch.setattr(cache, "_copy_out", note_out)
     with torch.inference_mode():
         generate(way, cache)
+    cache.sync()
     layers = len(cache.order)
     written = sum(rows for verb, rows in moved if verb == "out")
     assert written == 2 * layers * (TOKENS - 1), "every row once"
