@@ -34,13 +34,15 @@ class Footprint:
 
     weights_bytes: weights on the host by size, anonymous or mapped; never given up. runtime_bytes:
     interpreter and libraries. staging_bytes: pinned slots. tails_bytes: the unfinished
-    block of every tensor. reserve_bytes: kept free for what a forward pass holds.
+    block of every tensor. migration_bytes: what blocks change paths through. reserve_bytes: kept free for
+    what a forward pass holds.
     """
 
     weights_bytes: int = 0
     runtime_bytes: int = 0
     staging_bytes: int = 0
     tails_bytes: int = 0
+    migration_bytes: int = 0
     reserve_bytes: int = 0
 
     @property
@@ -58,6 +60,7 @@ class Footprint:
             "runtime": self.runtime_bytes,
             "staging": self.staging_bytes,
             "tails": self.tails_bytes,
+            "migrations": self.migration_bytes,
             "activations": self.reserve_bytes,
         }
 

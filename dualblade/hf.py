@@ -96,7 +96,8 @@ class DualBladeCache(Cache):
     mem_budget: host memory of the whole process. max_tokens and batch_size let everything be
     placed before the first token; without them tensors grow by contiguous segments. stream: "auto" where
     one layer's K and V do not fit the budget, "never" or "always"; it takes a model that was built with
-    attn_implementation="dualblade", and "auto" is "never" for any other. settings: all of these at once,
+    attn_implementation="dualblade", and "auto" is "never" for any other. live: tensors change paths as the
+    memory changes; None: as the policy has it. settings: all of these at once,
     already checked.
 
     Raises UsageError, ConfigError, BudgetError, TargetError, CapacityError.
@@ -121,6 +122,7 @@ class DualBladeCache(Cache):
         checksum: bool = False,
         stream: str = "auto",
         pipeline: str = "adaptive",
+        live: bool | None = None,
         settings: CacheSettings | None = None,
     ):
         self.settings = settings or CacheSettings.checked(
@@ -137,6 +139,7 @@ class DualBladeCache(Cache):
             checksum=checksum,
             stream=stream if streams(config) or stream != "auto" else "never",
             pipeline=pipeline,
+            live=live,
         )
         self.config = config
         self._max_tokens = max_tokens

@@ -1,45 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that the page cache holds, read where they are: attention reads the mapping of the file.
 
-In its file such a tensor is head-major, [batch x KV head, capacity, head_dim], as it is in a slot; there are
-no blocks, and nothing is copied in either direction.
+In its file such a tensor is head-major, [batch x KV head, capacity, head_dim], as it is in a slot. While all
+of it lies there, nothing is copied in either direction, and the rows of the unfinished block are there too;
+when blocks of it leave, the rest is copied from there to a slot, as from any other room.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from dualblade.kv_tensor import Home, Tensor
+from dualblade.kv_tensor import Mapped, Segment, Tensor
 from dualblade.paths.base import Room, StoragePath
 from dualblade.staging import Slot
-from spdk_glue import READ, FileRegion
+from dualblade.tensors import PathKind
+from spdk_glue import READ, FileRegion, Region
+
+CACHE = PathKind.PAGE_CACHE
 
 
-class Opens(Protocol):
-    """What is asked of a device."""
+class Device(Protocol):
+    """What is asked of a device (see device.py)."""
 
-    def open(self, region: FileRegion, offset: int, runs: int, capacity: int, head_dim: int) -> Any: ...
-
-
-def make_home(tensor: Tensor, path: StoragePath, room: Room, device: Opens) -> Home | None:
-    """None where the path's rooms are no memory. The room holds all tokens of the tensor's spec. Raises
-    CapacityError."""
-    region = path.map(room)
-    if region is None:
-        return None
-    spec, capacity = tensor.spec, tensor.layout.capacity_for(tensor.spec.tokens)
-    slot = Slot(region.address, 0)
-    slot.owner = spec.key
-    slot.view = device.open(region, 0, spec.runs, capacity, spec.head_dim)
-    return Home(room, region, slot, capacity)
+    def open(
+        self, region: Region | FileRegion, offset: int, runs: int, capacity: int, head_dim: int
+    ) -> Any: ...
+    def copy_rows(self, source: Any, start: int, out: Any, at: int, count: int) -> None: ...
 
 
-def populate(tensor: Tensor, home: Home, path: StoragePath) -> None:
+class InPlace:
+    """Maps tensors and unmaps them. used: False where none is to be read in place."""
+
+    def __init__(self, device: Device, paths: Mapping[PathKind, StoragePath], used: bool):
+        self._device = device
+        self._paths = paths
+        self._used = used
+
+    def segment(self, tensor: Tensor, first: int, blocks: int, room: Room) -> Segment:
+        """Blocks in a room that was just taken; head-major where it holds the tensor as a whole."""
+        whole = first == 0 and blocks == tensor.whole_blocks
+        if not (self._used and whole and room.path is CACHE and self._paths[CACHE].maps):
+            return Segment(first, blocks, room)
+        return Segment(first, blocks, room, blocks * tensor.layout.block_tokens)
+
+    def map(self, tensor: Tensor) -> None:
+        """Read it in place from now on, if all of it lies in one head-major room. Raises CapacityError."""
+        if tensor.mapped or len(tensor.segments) != 1:
+            return
+        segment, spec = tensor.segments[0], tensor.spec
+        if segment.capacity is None or segment.blocks != tensor.whole_blocks:
+            return
+        path = self._paths[segment.room.path]
+        region = path.map(segment.room)
+        slot = Slot(region.address, 0)
+        slot.owner = spec.key
+        slot.view = self._device.open(region, 0, spec.runs, segment.capacity, spec.head_dim)
+        begin = tensor.full * tensor.layout.block_tokens
+        if tensor.tokens > begin:
+            self._device.copy_rows(tensor.tail, 0, slot.view, begin, tensor.tokens - begin)
+        tensor.mapped = Mapped(path, region, slot, segment.capacity)
+
+    def unmap(self, tensor: Tensor) -> None:
+        """It is copied from now on. Nobody may be reading it."""
+        mapped, tensor.mapped = tensor.mapped, None
+        if mapped is None:
+            return
+        begin = tensor.full * tensor.layout.block_tokens
+        if tensor.tokens > begin:
+            self._device.copy_rows(mapped.slot.view, begin, tensor.tail, 0, tensor.tokens - begin)
+        mapped.close()
+
+
+def populate(tensor: Tensor, mapped: Mapped) -> None:
     """What the kernel took from the page cache is read in again here, where that can fail with an error: a
     touch would end the process. Raises StorageError."""
     row = tensor.layout.row_bytes
     try:
-        home.region.populate(tensor.tokens * row, home.capacity * row, tensor.spec.runs)
+        mapped.region.populate(tensor.tokens * row, mapped.capacity * row, tensor.spec.runs)
     except OSError as error:
-        raise path.error_of(tensor.spec.key, READ, error) from error
-    path.in_place_read += tensor.tokens * tensor.spec.token_bytes
+        raise mapped.path.error_of(tensor.spec.key, READ, error) from error
+    mapped.path.in_place_read += tensor.tokens * tensor.spec.token_bytes

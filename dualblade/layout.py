@@ -10,16 +10,18 @@ reads the memory as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
 
 from dualblade.tensors import TensorSpec
-from dualblade.units import KIB
+from dualblade.units import KIB, MIB
 
 PAGE = 4 * KIB
 # Measured on a virtual drive, 1 MiB commands at depth 32, as a share of contiguous memory:
 # runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06.
 BEST_RUN = 128 * KIB
+CHUNK = 4 * MIB  # moved between the paths in a few milliseconds, the most that a reader waits behind it
 TAIL_PART = 16  # an unfinished block is at most this part of its tensor
 
 
@@ -75,3 +77,8 @@ def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
     ):
         block *= 2
     return Layout(spec.runs, spec.row_bytes, block)
+
+
+def chunk_bytes(block_bytes: Iterable[int]) -> int:
+    """Memory that blocks change paths through: as many whole ones as CHUNK holds, one at least."""
+    return max((max(1, CHUNK // size) * size for size in block_bytes), default=0)

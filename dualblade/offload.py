@@ -8,9 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from dualblade.adaptive import Climb, DriveSetting, StoreShare
+from dualblade.errors import CapacityError
 from dualblade.host.maps import mapped_weights
 from dualblade.host.sysfs import Host
-from dualblade.paths.base import StoragePath
+from dualblade.live import Budget, LiveGovernor
+from dualblade.migration import Migrator
+from dualblade.paths.base import StoragePath, WriteLimit
 from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.pipeline import STORE_SLOTS, Mode
@@ -21,10 +24,11 @@ from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
 from dualblade.streamed_store import StreamedStore
 from dualblade.superblock import capacity_for
-from dualblade.target_files import make_cache_dir
+from dualblade.target_files import check_room, make_cache_dir
 from dualblade.targets import default_capacity, open_target, open_volume
-from dualblade.tensors import PathKind, TensorSpec
+from dualblade.tensors import PathKind, Placement, TensorSpec
 from dualblade.units import GIB, MIB
+from dualblade.watch import MemoryWatch, look
 from spdk_glue import QueueOptions
 
 GROWING_CAPACITY = 8 * GIB  # of a default target when nobody said how long the run will be
@@ -42,13 +46,21 @@ class Offload:
         self.plan = make_plan(specs, request, snapshot, grows)
         self.paths: dict[PathKind, StoragePath] = {}
         self.note: str | None = None
+        self.governor: LiveGovernor | None = None
+        self.wear = WriteLimit(settings.write_cap) if settings.write_cap is not None else None
         self.meter = MemoryMeter(self._cached_fds)
         try:
             self._open_paths(grows)
+            self.placer = SegmentPlacer(self.plan)
             self.store = self._make_store(specs, device)
             self.store.place(self.plan.placements)
+            if settings.live and specs:
+                self.governor = self._make_governor(host, grows)
+                self.store.mover = self.governor
             self.meter.start()
         except BaseException:
+            if self.governor is not None:
+                self.governor.close()
             for path in self.paths.values():
                 path.discard()
             raise
@@ -56,27 +68,51 @@ class Offload:
     def _open_paths(self, grows: bool) -> None:
         share_used = self.plan.bytes_on(PathKind.PAGE_CACHE)
         if share_used or (grows and self.plan.share.bytes and self.settings.forced is not PathKind.DIRECT):
-            make_cache_dir(self.settings.cache_dir)
-            self.paths[PathKind.PAGE_CACHE] = PageCachePath(self.settings.cache_dir, self.settings.timeout_s)
+            self._open_path(PathKind.PAGE_CACHE, grows)
         wanted = self.plan.bytes_on(PathKind.DIRECT)
         if wanted or self.settings.nvme or (grows and self.settings.forced is not PathKind.PAGE_CACHE):
-            self.paths[PathKind.DIRECT] = self._open_direct(wanted, grows)
+            self._open_path(PathKind.DIRECT, grows)
+
+    def _open_path(self, kind: PathKind, grows: bool) -> None:
+        if kind is PathKind.PAGE_CACHE:
+            make_cache_dir(self.settings.cache_dir)
+            path: StoragePath = PageCachePath(self.settings.cache_dir, self.settings.timeout_s)
+        else:
+            path = self._open_direct(self.plan.bytes_on(PathKind.DIRECT), grows)
+        path.wear = self.wear
+        self.paths[kind] = path
+
+    def _open_late(self, kind: PathKind, grows: bool) -> None:
+        """A path that the plan had no use for."""
+        self._open_path(kind, grows)
+        self.paths[kind].register(self.store.pool.region)
 
     def _open_direct(self, wanted: int, grows: bool) -> DirectPath:
+        """Where tensors may change paths there is room for all of them, if the disk has it."""
+        settings, extents = self.settings, len(self.plan.specs)
+        if settings.capacity is not None or settings.nvme is not None:
+            return self._open_target(settings.capacity)
+        if grows:
+            return self._open_target(default_capacity(settings.cache_dir, GROWING_CAPACITY))
+        if settings.live:
+            try:
+                all_bytes = sum(placement.bytes for placement in self.plan.placements)
+                capacity = capacity_for(all_bytes, 2 * extents)
+                check_room(settings.cache_dir, capacity + self.plan.bytes_on(PathKind.PAGE_CACHE))
+                return self._open_target(capacity)
+            except CapacityError:
+                if not wanted:
+                    raise
+        return self._open_target(capacity_for(wanted, extents))
+
+    def _open_target(self, capacity: int | None) -> DirectPath:
         settings = self.settings
-        capacity = settings.capacity
-        if capacity is None and settings.nvme is None:
-            extents = len(self.plan.specs)
-            capacity = (
-                default_capacity(settings.cache_dir, GROWING_CAPACITY)
-                if grows
-                else capacity_for(wanted, extents)
-            )
         options = QueueOptions(drain_ms=int(settings.timeout_s * 1000))
         footprint = self.plan.footprint
         target = open_target(
             settings.nvme, capacity=capacity, cache_dir=settings.cache_dir, options=options,
-            memory=footprint.staging_bytes + footprint.tails_bytes, timeout=settings.timeout_s,
+            memory=footprint.staging_bytes + footprint.tails_bytes + footprint.migration_bytes,
+            timeout=settings.timeout_s,
         )  # fmt: skip
         try:
             volume = open_volume(target)
@@ -86,6 +122,22 @@ class Offload:
         self.note = target.note
         return DirectPath(target, volume, settings.timeout_s)
 
+    def _make_governor(self, host: Host, grows: bool) -> LiveGovernor:
+        settings, plan, tensors = self.settings, self.plan, self.store.tensors
+        budget = Budget(
+            settings.budget, settings.page_cache, plan.footprint, mapped_weights(host),
+            None if grows else plan.specs[0].tokens, settings.policy,
+        )  # fmt: skip
+        migrator = Migrator(tensors, self.paths, self.store.in_place, self.wear)
+        migrator.claim(list(tensors.values()))
+        watch = MemoryWatch(lambda: look(host, self._cached_fds()))
+        governor = LiveGovernor(
+            tensors, self.paths, budget, migrator, watch, self.placer,
+            lambda kind: self._open_late(kind, grows), settings.governor_trace,
+        )  # fmt: skip
+        watch.start()
+        return governor
+
     def _make_store(self, specs: Sequence[TensorSpec], device: Device) -> KVStore:
         plan = self.plan
         kind = KVStore if plan.pipeline.chunk_tokens is None else StreamedStore
@@ -94,7 +146,7 @@ class Offload:
             plan.layouts,
             device,
             self.paths,
-            SegmentPlacer(plan),
+            self.placer,
             slots=plan.pipeline.slots,
             capacity=plan.capacity,
             scheduler=self._make_scheduler(),
@@ -150,13 +202,20 @@ class Offload:
             },
             "placements": [
                 {"tensor": str(item.key), "path": item.path.value, "bytes": item.bytes, "reason": item.reason}
-                for item in store.placements
+                for item in self.placements
             ],
             "pipeline": self._pipeline_report(),
+            "governor": self.governor.report() if self.governor else None,
         }
 
+    @property
+    def placements(self) -> list[Placement]:
+        """Where the tensors are now."""
+        planned = self.store.placements
+        return self.governor.placements(planned) if self.governor else planned
+
     def _path_report(self, kind: PathKind) -> dict[str, Any]:
-        placed = [item for item in self.store.placements if item.path is kind]
+        placed = [item for item in self.placements if item.path is kind]
         path = self.paths.get(kind)
         record: dict[str, Any] = {
             "tensors": len({item.key for item in placed}),
@@ -200,6 +259,8 @@ class Offload:
     def close(self) -> None:
         """Leaves nothing behind, also after a failure."""
         try:
+            if self.governor is not None:
+                self.governor.close()
             self.meter.stop()
         finally:
             self.store.close()
@@ -225,4 +286,5 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         policy=settings.policy,
         prefetch_depth=settings.prefetch_depth if settings.pipeline.crosses_layers else 0,
         stream=settings.stream,
+        live=settings.live,
     )

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from dualblade.errors import BudgetError
 from dualblade.governor import Footprint, Share, as_option, page_cache_share, place, place_segment
-from dualblade.layout import Layout, choose_layout
+from dualblade.layout import Layout, choose_layout, chunk_bytes
 from dualblade.pipeline import STREAM_SLOTS, PipelinePlan, plan_pipeline, plan_stream
 from dualblade.residency import MemorySnapshot
+from dualblade.revision import fill
 from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.units import format_size
 
@@ -25,7 +26,8 @@ DEFAULT_POLICY = "spread"
 class BudgetRequest:
     """budget: bytes for the whole process, host memory. weights, runtime, activations: bytes.
     page_cache: --page-cache-budget, or None. forced: the path of every tensor, or None. stream: "auto", a
-    layer is streamed in chunks where its K and V do not fit; "never"; "always"."""
+    layer is streamed in chunks where its K and V do not fit; "never"; "always". live: tensors may change
+    paths later."""
 
     budget: int
     weights: int
@@ -36,6 +38,7 @@ class BudgetRequest:
     policy: str = DEFAULT_POLICY
     prefetch_depth: int | None = None
     stream: str = "never"
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,18 @@ def make_plan(
     left = request.budget - request.weights - request.runtime - request.activations
     layouts = choose_layouts(specs, left)
     tails = sum(layout.block_bytes for layout in layouts.values())
-    pipeline = _plan_staging(specs, layouts, request, left - tails)
+    migration = chunk_bytes(layout.block_bytes for layout in layouts.values()) if request.live else 0
+    pipeline = _plan_staging(specs, layouts, request, left - tails - migration)
     capacity, slot_bytes = _slot(specs, layouts, pipeline.chunk_tokens)
     footprint = Footprint(
-        request.weights, request.runtime, pipeline.slots * slot_bytes, tails, request.activations
+        request.weights, request.runtime, pipeline.slots * slot_bytes, tails, migration, request.activations
     )
     share = page_cache_share(request.budget, footprint, snapshot, request.page_cache)
     sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in specs}
     placements = [] if grows else place(specs, sizes, share.bytes, request.policy, request.forced)
+    if request.live and placements and request.forced is None:
+        blocks = {key: layout.block_bytes for key, layout in layouts.items()}
+        placements = fill(placements, blocks, share.bytes, request.policy)
     return RunPlan(
         request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, placements
     )
@@ -137,15 +144,15 @@ def _too_small(request: BudgetRequest, left: int, staging: int, what: str) -> Bu
 
 
 class SegmentPlacer:
-    """Places what a tensor grows by, within the page cache's share."""
+    """Places what a tensor grows by, within the page cache's share. share, used: bytes, as they are now."""
 
     def __init__(self, plan: RunPlan):
-        self._share = plan.share.bytes
+        self.share = plan.share.bytes
+        self.used = plan.bytes_on(PathKind.PAGE_CACHE)
         self._forced = plan.request.forced
-        self._used = plan.bytes_on(PathKind.PAGE_CACHE)
 
     def __call__(self, key: TensorKey, nbytes: int) -> Placement:
-        placement = place_segment(key, nbytes, self._used, self._share, self._forced)
+        placement = place_segment(key, nbytes, self.used, self.share, self._forced)
         if placement.path is PathKind.PAGE_CACHE:
-            self._used += nbytes
+            self.used += nbytes
         return placement

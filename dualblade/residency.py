@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
-from dualblade.host.cgroup import memory_cgroups, tightest
+from dualblade.host.cgroup import CgroupLevel, memory_cgroups, tightest
 from dualblade.host.meminfo import machine_memory, process_memory
 from dualblade.host.sysfs import Host
 from spdk_glue import GlueError, cached_bytes
@@ -46,11 +46,14 @@ class MemorySnapshot:
         return str(self.cgroup_limit)
 
 
-def take_snapshot(host: Host, cached_fds: Iterable[int] = ()) -> MemorySnapshot:
-    """cached_fds: our files, which stay open meanwhile. Raises ConfigError where the machine's or the
-    cgroups' files cannot be read, GlueError for a bad descriptor."""
+def take_snapshot(
+    host: Host, cached_fds: Iterable[int] = (), levels: list[CgroupLevel] | None = None
+) -> MemorySnapshot:
+    """cached_fds: our files, which stay open meanwhile. levels: the cgroups where they were read already.
+    Raises ConfigError where the machine's or the cgroups' files cannot be read, GlueError for a bad
+    descriptor."""
     machine, process = machine_memory(host), process_memory(host)
-    level = tightest(memory_cgroups(host))
+    level = tightest(memory_cgroups(host) if levels is None else levels)
     return MemorySnapshot(
         total=machine.total,
         available=machine.available,

@@ -15,6 +15,7 @@ from dualblade.units import parse_size
 
 KV_PATHS = {"auto": None, "page-cache": PathKind.PAGE_CACHE, "direct": PathKind.DIRECT}
 POLICIES = ("spread", "first-fit")
+DEFAULT_LIVE = True  # but for first-fit, which is the paper's and static
 STREAM = ("auto", "never", "always")
 PIPELINES = tuple(mode.value for mode in Mode)
 
@@ -31,7 +32,9 @@ class CacheSettings:
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
     weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
-    its K and V do not fit the budget. pipeline: what may travel while a layer computes."""
+    its K and V do not fit the budget. pipeline: what may travel while a layer computes. live: tensors change
+    paths as the memory changes. write_cap: bytes that may be written in all, or None. governor_trace: a file
+    for the governor's decisions."""
 
     nvme: str | None
     budget: int
@@ -47,6 +50,9 @@ class CacheSettings:
     stream: str = "auto"
     pipeline: Mode = Mode.ADAPTIVE
     loaded: bool = True
+    live: bool = False
+    write_cap: int | None = None
+    governor_trace: Path | None = None
     timeout_s: float = 60.0
 
     @classmethod
@@ -66,6 +72,9 @@ class CacheSettings:
         checksum: bool = False,
         stream: str = "auto",
         pipeline: str = Mode.ADAPTIVE.value,
+        live: bool | None = None,
+        write_cap: str | int | None = None,
+        governor_trace: str | Path | None = None,
     ) -> CacheSettings:
         """Raises UsageError naming the setting that makes no sense."""
         if kv_path not in KV_PATHS:
@@ -76,6 +85,13 @@ class CacheSettings:
             raise UsageError(f"stream {stream!r} is none of {', '.join(STREAM)}")
         if pipeline not in PIPELINES:
             raise UsageError(f"pipeline {pipeline!r} is none of {', '.join(PIPELINES)}")
+        if live and KV_PATHS[kv_path] is not None:
+            raise UsageError(
+                f"kv_path {kv_path!r} keeps every tensor on one path, and live moves them",
+                "leave one of them out",
+            )
+        if live is None:
+            live = DEFAULT_LIVE and KV_PATHS[kv_path] is None and policy != "first-fit"
         budget = _size(mem_budget, "mem_budget")
         if not budget or budget <= 0:
             raise UsageError(f"mem_budget {mem_budget!r} is not a size", "write e.g. 6G")
@@ -93,4 +109,7 @@ class CacheSettings:
             checksum=checksum,
             stream=stream,
             pipeline=Mode(pipeline),
+            live=live,
+            write_cap=_size(write_cap, "write_cap"),
+            governor_trace=Path(governor_trace) if governor_trace else None,
         )

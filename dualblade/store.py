@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from dualblade.errors import ConfigError, DualBladeError, StorageError
-from dualblade.in_place import make_home, populate
+from dualblade.errors import CapacityError, ConfigError, DualBladeError, StorageError
+from dualblade.in_place import InPlace, populate
 from dualblade.integrity import Checksums
 from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import Layout
-from dualblade.paths.base import StoragePath, Ticket
+from dualblade.paths.base import Room, StoragePath, Ticket
 from dualblade.pipeline import layers_ahead
 from dualblade.scheduler import Scheduler
 from dualblade.staging import Slot, SlotPool
@@ -22,7 +22,7 @@ from dualblade.tensors import PathKind, Placement, TensorKey, TensorSpec
 from dualblade.trace import Trace
 from dualblade.traffic import reads_of_layers, traffic
 from dualblade.units import MIB
-from spdk_glue import PAGE, READ, WRITE, FileRegion, Region
+from spdk_glue import PAGE, READ, WRITE, FileRegion, Piece, Region
 
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
@@ -41,6 +41,17 @@ class Placer(Protocol):
     """Decides where the next segment of a tensor goes."""
 
     def __call__(self, key: TensorKey, nbytes: int) -> Placement: ...
+
+
+class Mover(Protocol):
+    """Moves blocks from path to path while the store is used (see live.py). region: what it moves through;
+    closed with the store. spare: give up direct rooms that nothing lies in; whether there were any."""
+
+    @property
+    def region(self) -> Region: ...
+    def reached(self, key: TensorKey) -> None: ...
+    def grown(self, tensor: Tensor) -> None: ...
+    def spare(self) -> bool: ...
 
 
 class KVStore:
@@ -77,6 +88,7 @@ class KVStore:
         self.checksum_s = 0.0
         self.failure: DualBladeError | None = None
         self.trace: Trace | None = None
+        self.mover: Mover | None = None
         self._layers = sorted({spec.key.layer for spec in specs})
         self._slots = slots
         self._of_env = any(path.queue.needs_env_memory for path in paths.values())
@@ -84,6 +96,7 @@ class KVStore:
         self._entered_at = 0.0
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
+        self.in_place = InPlace(device, paths, self.reads_in_place and not checksum)
         self._tails, self.tensors = self._make_tensors(specs, layouts)
         self._make_pool(capacity)
 
@@ -113,15 +126,18 @@ class KVStore:
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Take the room that the governor decided on, before the first token. Raises CapacityError."""
-        for kind, path in self.paths.items():
+        for kind in (
+            kind for kind in PathKind if kind in self.paths
+        ):  # what is cached of a tensor comes first
+            path = self.paths[kind]
             chosen = [placement for placement in placements if placement.path is kind]
             rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
             for room in rooms:
                 tensor = self.tensors[room.key]
-                if self.reads_in_place and not self.checksum:  # these are of what is copied
-                    tensor.home = make_home(tensor, path, room, self.device)
-                if tensor.home is None:
-                    tensor.segments.append(Segment(0, room.nbytes // tensor.layout.block_bytes, room))
+                blocks = room.nbytes // tensor.layout.block_bytes
+                tensor.add(self.in_place.segment(tensor, tensor.blocks, blocks, room))
+        for tensor in self.tensors.values():
+            self.in_place.map(tensor)
         self.placements += placements
 
     # load -----------------------------------------------------------------------------------
@@ -133,6 +149,7 @@ class KVStore:
         """
         tensor = self.tensors[key]
         with self.failing():
+            self._tell_mover(key)
             self._enter_layer(key.layer, tensor.tokens + extra)
             slot = self._in_use[key]
             self._await(tensor, slot)
@@ -168,38 +185,30 @@ class KVStore:
             self._outgrow(layer, tokens)
         self._layer = layer
         for key in self._keys(layer):
-            home = self.tensors[key].home
-            slot = home.slot if home else self._fetched.pop(key, None) or self._fetch(key, wait=True)
-            if slot is None:
-                raise ConfigError(f"the staging pool has too few slots for {key}")
-            self._in_use[key] = slot
+            self._in_use[key] = self._slot_of(key)
+            self.tensors[key].in_use = True
         self.prefetch(layer)
 
     def _fits(self, layer: int, tokens: int) -> bool:
-        homes = (self.tensors[key].home for key in self._keys(layer))
-        return all(tokens <= (home.capacity if home else self.capacity) for home in homes)
+        kept = (self.tensors[key].mapped for key in self._keys(layer))
+        return all(tokens <= (mapped.capacity if mapped else self.capacity) for mapped in kept)
+
+    def _slot_of(self, key: TensorKey) -> Slot:
+        """With the tensor in it, or on its way."""
+        mapped, fetched = self.tensors[key].mapped, self._fetched.pop(key, None)
+        if mapped and fetched:
+            self.pool.give_back(fetched)
+        slot = mapped.slot if mapped else fetched or self._fetch(key, wait=True)
+        if slot is None:
+            raise ConfigError(f"the staging pool has too few slots for {key}")
+        return slot
 
     def _outgrow(self, layer: int, tokens: int) -> None:
-        """More tokens than were foreseen: longer slots, and tensors that are read in place move out."""
+        """More tokens than were foreseen: longer slots, and tensors that cannot stay in one place."""
         if tokens > self.capacity:
             self._grow_pool(tokens)
         for key in self._keys(layer):
-            if self.tensors[key].home:
-                self._move_out(key)
-
-    def _move_out(self, key: TensorKey) -> None:
-        """From its one place to segments, which can be added to. Nothing of the layer is in use."""
-        tensor = self.tensors[key]
-        slot, home = self._fetch(key, wait=True), tensor.home
-        if slot is None or home is None:
-            raise ConfigError(f"the staging pool has too few slots for {key}")
-        self.device.copy_rows(home.slot.view, 0, slot.view, 0, tensor.tokens)
-        tensor.home = None
-        self._make_room(tensor)
-        self._write(tensor, slot, 0, tensor.full)
-        self._keep_tail(tensor, slot, tensor.tokens)
-        self.pool.give_back(slot)
-        self.paths[home.room.path].release([home.room])
+            self.in_place.unmap(self.tensors[key])
 
     def _begin_layer(self, layer: int) -> None:
         """What a step took may change how the next one is fetched."""
@@ -212,11 +221,12 @@ class KVStore:
 
     def _leave_layer(self) -> None:
         for key, slot in self._in_use.items():
-            home = self.tensors[key].home
-            if home is None:
+            tensor = self.tensors[key]
+            tensor.in_use, mapped = False, tensor.mapped
+            if mapped is None or slot is not mapped.slot:
                 self.pool.give_back(slot)
-            elif key.kind == "K" or self.tensors[TensorKey(key.layer, "K")].home is None:
-                self.paths[home.room.path].in_place_s += time.monotonic() - self._entered_at
+            elif key.kind == "K" or self.tensors[TensorKey(key.layer, "K")].mapped is None:
+                mapped.path.in_place_s += time.monotonic() - self._entered_at
         self._in_use.clear()
         self._layer = None
 
@@ -229,7 +239,7 @@ class KVStore:
         """Start reading the layers after `layer` into the slots that are free."""
         for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.scheduler.depth):
             for key in self._keys(self._layers[ahead]):
-                if key in self._fetched or self.tensors[key].home or not self.tensors[key].full:
+                if key in self._fetched or self.tensors[key].mapped or not self.tensors[key].full:
                     continue
                 slot = self._fetch(key, wait=False)
                 if slot is None:
@@ -262,8 +272,18 @@ class KVStore:
 
     def _transfers(self, op: int, tensor: Tensor, slot: Slot, first: int, end: int) -> list[Ticket]:
         """Move blocks [first, end) between the slot and their rooms: one transfer a path."""
-        pieces = tensor.pieces(slot.address, self.capacity, first, end)
-        return [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+        return self._start(op, tensor, tensor.pieces(slot.address, self.capacity, first, end))
+
+    def _start(self, op: int, tensor: Tensor, pieces: Mapping[PathKind, Sequence[Piece]]) -> list[Ticket]:
+        tickets = [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+        if self.mover is not None:
+            tensor.transfers = [ticket for ticket in tensor.transfers if not ticket.done()] + tickets
+        return tickets
+
+    def _tell_mover(self, key: TensorKey) -> None:
+        """Between two tensors a migration may go on, and between two passes be decided on."""
+        if self.mover is not None:
+            self.mover.reached(key)
 
     def _await(self, tensor: Tensor, slot: Slot) -> None:
         """The slot is filled, and everything written before it really reached the medium."""
@@ -271,10 +291,10 @@ class KVStore:
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
-        if tensor.home:
-            populate(tensor, tensor.home, self.paths[tensor.home.room.path])
-        elif tensor.full:
+        if tensor.full:
             self._await_writes(tensor)
+        if tensor.mapped:
+            populate(tensor, tensor.mapped)
         ended = time.monotonic()
         self.stall_s += ended - begun
         if self.trace is not None:
@@ -296,7 +316,7 @@ class KVStore:
 
     def _restore_tail(self, tensor: Tensor, slot: Slot) -> None:
         begin = tensor.full * tensor.layout.block_tokens
-        if tensor.tokens > begin and tensor.home is None:
+        if tensor.tokens > begin and tensor.mapped is None:
             self.device.copy_rows(tensor.tail, 0, slot.view, begin, tensor.tokens - begin)
 
     # append ---------------------------------------------------------------------------------
@@ -310,8 +330,8 @@ class KVStore:
         with self.failing():
             old = tensor.full
             tensor.tokens += count
-            if tensor.home:
-                self.paths[tensor.home.room.path].in_place_written += count * tensor.spec.token_bytes
+            if tensor.mapped:
+                tensor.mapped.path.wrote_in_place(count * tensor.spec.token_bytes)
                 return
             if tensor.full > old:
                 self._make_room(tensor)
@@ -339,9 +359,20 @@ class KVStore:
         block = tensor.layout.block_bytes
         blocks = max(missing, min(max(tensor.blocks, 1), max(1, LARGEST_STEP // block)))
         placement = self.placer(tensor.spec.key, blocks * block)
-        room = self.paths[placement.path].allocate([(placement.key, placement.bytes)])[0]
-        tensor.segments.append(Segment(tensor.blocks, blocks, room))
+        room = self._allocate(placement)
+        tensor.add(Segment(tensor.blocks, blocks, room))
         self.placements.append(placement)
+        if self.mover is not None:
+            self.mover.grown(tensor)
+
+    def _allocate(self, placement: Placement) -> Room:
+        wanted = [(placement.key, placement.bytes)]
+        try:
+            return self.paths[placement.path].allocate(wanted)[0]
+        except CapacityError:
+            if self.mover is None or placement.path is not PathKind.DIRECT or not self.mover.spare():
+                raise
+        return self.paths[placement.path].allocate(wanted)[0]
 
     def _grow_pool(self, tokens: int) -> None:
         """Slots for a longer context than was foreseen. Nothing is in use at this point."""
@@ -362,14 +393,15 @@ class KVStore:
         tensor = self.tensors[key]
         full = tensor.layout.full_blocks(tokens)
         with self.failing():
-            if tensor.home is None and full < tensor.full and tokens % tensor.layout.block_tokens:
+            if tensor.mapped is None and full < tensor.full and tokens % tensor.layout.block_tokens:
                 self._await_writes(tensor)
                 self._read_tail(tensor, full)
+            tensor.changed(full)
             tensor.tokens = tokens
 
     def _read_tail(self, tensor: Tensor, block: int) -> None:
         path = self.paths[tensor.segment_of(block).room.path]
-        path.transfer(READ, tensor.spec.key, [tensor.tail_piece(block, self._tails.address)]).wait()
+        path.transfer(READ, tensor.spec.key, tensor.tail_pieces(block, self._tails.address)).wait()
         if tensor.checksums:
             rows = self._tails.buffer(tensor.tail_offset, tensor.layout.block_bytes)
             tensor.checksums.verify(rows, tensor.layout.run_bytes, 1, tensor.offset_of, first=block)
@@ -382,7 +414,8 @@ class KVStore:
         slot = self.load(key)
         with self.failing():
             change(slot.view, tensor.tokens)
-            if tensor.home:
+            tensor.changed(0)
+            if tensor.mapped:
                 return
             self._write(tensor, slot, 0, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)
@@ -415,6 +448,7 @@ class KVStore:
         """Forget every row; the rooms stay, to be written anew. Raises StorageError."""
         self.flush()
         for tensor in self.tensors.values():
+            tensor.changed(0)
             tensor.tokens = 0
             tensor.writes = []
 
@@ -426,16 +460,16 @@ class KVStore:
         given_up, trouble = 0, self.failure
         self._leave_layer()
         for tensor in self.tensors.values():
-            if tensor.home:
-                tensor.home.close()
-                tensor.home = None
+            if tensor.mapped:
+                tensor.mapped.close()
+                tensor.mapped = None
         for path in self.paths.values():
             try:
                 given_up += path.close()
             except DualBladeError as error:
                 given_up += 1
                 self.failure = self.failure or error
-        for region in (self.pool.region, self._tails):
+        for region in (self.pool.region, self._tails, *([self.mover.region] if self.mover else [])):
             region.abandon() if given_up else region.close()
         if self.failure is not trouble:
             assert self.failure is not None

@@ -175,8 +175,7 @@ class StreamedStore(KVStore):
     def _move(self, op: int, tensor: Tensor, slot: Slot, origin: int, first: int, end: int) -> list[Ticket]:
         """Move blocks [first, end) between their rooms and a slot that begins with block `origin`."""
         address = slot.address - origin * tensor.layout.run_bytes
-        pieces = tensor.pieces(address, self.capacity, first, end)
-        return [self.paths[kind].transfer(op, tensor.spec.key, parts) for kind, parts in pieces.items()]
+        return self._start(op, tensor, tensor.pieces(address, self.capacity, first, end))
 
     def _await_chunk(self, tensor: Tensor, slot: Slot, chunk: _Chunk) -> None:
         begun = time.perf_counter()
@@ -267,6 +266,7 @@ class StreamedStore(KVStore):
         caller's back; the rest stays in memory. Raises StorageError, CapacityError."""
         tensor = self.tensors[key]
         with self.failing():
+            self._tell_mover(key)
             self._streams += 1
             self._let_go()
             self._settle(key)
@@ -357,6 +357,7 @@ class StreamedStore(KVStore):
         with self.failing():
             self._streams += 1
             self._forget(key.layer)
+            tensor.changed(0)
             step = self.capacity // tensor.layout.block_tokens
             for first in range(0, tensor.full, step):
                 self._change_blocks(tensor, first, min(first + step, tensor.full), change)

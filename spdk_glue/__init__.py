@@ -10,7 +10,7 @@ from spdk_glue.errors import (
     TransferTimeout,
     why_no_uring,
 )
-from spdk_glue.files import FileFacts, cached_bytes, file_facts
+from spdk_glue.files import CachedPages, FileFacts, cached_bytes, cached_pages, file_facts, punch
 from spdk_glue.memory import PAGE, FileRegion, Region
 from spdk_glue.queue import (
     FLUSH,
@@ -29,8 +29,9 @@ from spdk_glue.queue import (
 )
 
 __all__ = [
-    "FLUSH", "PAGE", "READ", "TRIM", "WRITE", "Completion", "Environment", "FileFacts", "FileRegion",
-    "GlueError", "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions",
-    "QueueStats", "Region", "TransferError", "TransferTimeout", "cached_bytes", "engines", "environment",
-    "file_facts", "last_words", "plain", "spdk_version", "start_environment", "why_no_uring",
+    "FLUSH", "PAGE", "READ", "TRIM", "WRITE", "CachedPages", "Completion", "Environment", "FileFacts",
+    "FileRegion", "GlueError", "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue",
+    "QueueOptions", "QueueStats", "Region", "TransferError", "TransferTimeout", "cached_bytes",
+    "cached_pages", "engines", "environment", "file_facts", "last_words", "plain", "punch", "spdk_version",
+    "start_environment", "why_no_uring",
 ]  # fmt: skip

@@ -69,6 +69,28 @@ def file_facts(fd: int) -> FileFacts:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class CachedPages:
+    """What the page cache holds of a file, in bytes. dirty: of `cached`, not on the medium yet. evicted:
+    dropped for want of memory a short while ago. Before Linux 6.5 `cached` alone is known."""
+
+    cached: int = 0
+    dirty: int = 0
+    evicted: int = 0
+
+
+def cached_pages(fd: int) -> CachedPages:
+    """Raises GlueError."""
+    found = ffi.new("glue_cached *")
+    check(lib.glue_cached_pages(fd, found), "cachestat")
+    return CachedPages(int(found.cached), int(found.dirty), int(found.evicted))
+
+
 def cached_bytes(fd: int) -> int:
     """Bytes of the file that the page cache holds. Raises GlueError."""
-    return int(check(lib.glue_cached_bytes(fd), "cachestat"))
+    return cached_pages(fd).cached
+
+
+def punch(fd: int, offset: int, nbytes: int) -> None:
+    """Give a range of the file back, its pages and its blocks: it reads as zeros. Raises GlueError."""
+    check(lib.glue_punch(fd, offset, nbytes), "fallocate")

@@ -52,6 +52,18 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         show_default=True,
         help="Attend to a layer in chunks; auto: where its K and V do not fit the budget.",
     ),
+    click.option(
+        "--live/--no-live",
+        default=None,
+        help="Move tensors between the paths as the memory changes [default: live, but for first-fit].",
+    ),
+    click.option("--write-cap", metavar="SIZE", help="Write no more KV than this, to spare the drive."),
+    click.option(
+        "--governor-trace",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Write every decision of the live governor here, a JSON line each.",
+    ),
     click.option("--checksum", is_flag=True, help="Verify every block that is read back (CRC-32C)."),
     click.option(
         "--pipeline",
@@ -89,5 +101,8 @@ def settings_from(options: dict[str, Any]) -> Any:
         "checksum",
         "stream",
         "pipeline",
+        "live",
+        "write_cap",
+        "governor_trace",
     )
-    return CacheSettings.checked(**{name: options[name] for name in names})
+    return CacheSettings.checked(**{name: options[name] for name in names if name in options})

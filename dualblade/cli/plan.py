@@ -69,6 +69,7 @@ def _record(session: Any, context: int) -> dict[str, Any]:
             "activation_bytes": footprint.reserve_bytes,
             "staging_bytes": footprint.staging_bytes,
             "tail_bytes": footprint.tails_bytes,
+            "migration_bytes": footprint.migration_bytes,
             "page_cache_share_bytes": made.share.bytes,
             "page_cache_share_reason": made.share.reason,
         },
@@ -99,7 +100,7 @@ def _show(record: dict[str, Any]) -> None:
         f"{record['model']}, {record['context']} tokens, batch {record['batch_size']}, {record['dtype']}"
     )
     click.echo(f"KV cache {format_size(record['kv_bytes'])}, budget {format_size(memory['budget_bytes'])}:")
-    for name in ("weights", "runtime", "activation", "staging", "tail", "page_cache_share"):
+    for name in ("weights", "runtime", "activation", "staging", "tail", "migration", "page_cache_share"):
         click.echo(f"  {name.replace('_', ' '):17}{format_size(memory[name + '_bytes']):>10}")
     click.echo(f"  ({memory['page_cache_share_reason']})")
     click.echo(f"device {describe_device(record['device_bytes'])}")

@@ -204,6 +204,7 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         else "direct path: not needed",
     ]
     lines.append(_pipeline_line(pipeline))
+    lines += _moved(record["governor"])
     if pipeline["chunk_tokens"]:
         lines.append(f"attention streamed, in chunks of {pipeline['chunk_tokens']} tokens of a layer")
     lines += sorted(
@@ -219,3 +220,13 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         how = ", streamed in the same chunks" if pipeline["chunk_tokens"] else ""
         lines.append(f"verified: every token equals the run with its KV cache in memory{how}")
     return lines
+
+
+def _moved(governor: dict[str, Any] | None) -> list[str]:
+    """What the live governor did, where it did anything."""
+    if governor is None:
+        return []
+    down, up = (format_size(governor[f"{way}_bytes"]) for way in ("demoted", "promoted"))
+    moved = governor["demoted_bytes"] or governor["promoted_bytes"]
+    lines = [f"moved as the memory changed: {down} to the direct path, {up} back"] if moved else []
+    return lines + [f"note: {note}" for note in governor["notes"]]

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dualblade.errors import StorageError
+from dualblade.errors import CapacityError, StorageError
 from dualblade.layout import PAGE
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.trace import Trace
-from spdk_glue import READ, FileRegion, Piece, Queue, Region, TransferError, TransferTimeout
+from dualblade.units import format_size
+from spdk_glue import READ, WRITE, FileRegion, Piece, Queue, Region, TransferError, TransferTimeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,34 @@ class Ticket:
             raise self._error
 
 
+class WriteLimit:
+    """How much may be written, to all paths together (--write-cap). written: bytes so far."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.written = 0
+
+    @property
+    def left(self) -> int:
+        return self.limit - self.written
+
+    def write(self, nbytes: int) -> None:
+        """Raises CapacityError where that would be too much."""
+        if nbytes > self.left:
+            raise CapacityError(
+                f"writing {format_size(nbytes)} of KV more would pass the limit of "
+                f"{format_size(self.limit)}: {format_size(self.written)} are written",
+                "raise --write-cap, or lower the context or the batch",
+            )
+        self.written += nbytes
+
+
 class StoragePath(ABC):
     """A queue and the rooms on it."""
 
     kind: PathKind
     queue: Queue
+    maps = False
 
     def __init__(self, queue: Queue, timeout_s: float):
         self.queue = queue
@@ -67,6 +91,7 @@ class StoragePath(ABC):
         # through map(): bytes, and seconds in which attention had such a tensor before it
         self.in_place_read = self.in_place_written = 0
         self.in_place_s = 0.0
+        self.wear: WriteLimit | None = None
 
     @property
     @abstractmethod
@@ -77,13 +102,24 @@ class StoragePath(ABC):
     def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
         """Room for each (tensor, bytes), all or none. Raises CapacityError."""
 
+    def reserve(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
+        """Room that need not be backed by the medium before back(). Raises CapacityError."""
+        return self.allocate(wanted)
+
+    def back(self, room: Room) -> None:  # noqa: B027 (most media have their space from the start)
+        """Before the first write to (part of) a reserved or dropped room. Raises CapacityError."""
+
+    def drop(self, room: Room) -> bool:
+        """Give back what (part of) a room takes; its bytes are gone. False where this path keeps them."""
+        return False
+
     @abstractmethod
     def release(self, rooms: Sequence[Room]) -> None:
         """Give rooms back; their bytes are gone."""
 
-    def map(self, room: Room) -> FileRegion | None:
-        """A room's bytes as memory, or None where the path has no such thing. Raises CapacityError."""
-        return None
+    def map(self, room: Room) -> FileRegion:
+        """A room's bytes as memory, where the path `maps`. Raises CapacityError."""
+        raise NotImplementedError(f"the rooms of the {self.kind.value} path are no memory")
 
     @abstractmethod
     def close(self) -> int:
@@ -94,7 +130,10 @@ class StoragePath(ABC):
         self.close()
 
     def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
-        """Start moving the pieces. Raises StorageError where the queue itself has failed."""
+        """Start moving the pieces. Raises StorageError where the queue itself has failed, CapacityError
+        where `wear` allows no more writing."""
+        if op == WRITE and self.wear is not None:
+            self.wear.write(sum(piece.nbytes for piece in pieces))
         try:
             return Ticket(self, key, op, self.queue.submit(op, pieces, self.timeout_s))
         except OSError as error:
@@ -109,6 +148,12 @@ class StoragePath(ABC):
             verb = "reads" if ticket.op == READ else "writes"
             self.trace.add(f"{self.kind.value} {verb}", str(ticket.key), done.begun_s, done.ended_s)
         return None
+
+    def wrote_in_place(self, nbytes: int) -> None:
+        """Raises CapacityError where `wear` allows no more writing."""
+        self.in_place_written += nbytes
+        if self.wear is not None:
+            self.wear.write(nbytes)
 
     def tune(self, queue_depth: int, command_bytes: int) -> None:
         """Commands in flight, and bytes of each at most, from now on; within the queue's limits."""

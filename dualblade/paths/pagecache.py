@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dualblade.errors import CapacityError, TargetError
+from dualblade.extents import LBA, Extent, ExtentAllocator, lbas_for
 from dualblade.paths.base import Room, StoragePath
 from dualblade.target_files import check_room
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
-from spdk_glue import FileRegion, Queue, QueueOptions, file_facts
+from spdk_glue import FileRegion, GlueError, Queue, QueueOptions, file_facts, punch
 
 # Inserting pages is serialised per file, so neighbouring tensors go to different files.
 FILES = 4
+_FILE_LBAS = 1 << 31  # addresses of a file: 8 TiB, of which only what is used takes space
 # Copies out of the page cache are made by worker threads side by side, in pieces of this size.
 OPTIONS = QueueOptions(queue_depth=16, command_bytes=1 << 20, workers=True)
 
@@ -39,6 +41,7 @@ class PageCachePath(StoragePath):
     back can never run out of it."""
 
     kind = PathKind.PAGE_CACHE
+    maps = True
 
     def __init__(self, folder: Path, timeout_s: float = 60.0, options: QueueOptions = OPTIONS):
         self.folder = folder
@@ -62,21 +65,19 @@ class PageCachePath(StoragePath):
             self._close_files()
             raise
         super().__init__(queue, timeout_s)
-        self._sizes = [0] * FILES
+        self._spaces = [ExtentAllocator(0, _FILE_LBAS) for _ in range(FILES)]
 
     @property
     def target(self) -> str:
         return str(self.folder)
 
-    def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
-        sizes = list(self._sizes)
+    def reserve(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
+        """Addresses alone: back() takes the space."""
         rooms = []
         for key, nbytes in wanted:
-            file = min(range(FILES), key=sizes.__getitem__)
-            rooms.append(Room(key, self.kind, file, sizes[file], nbytes))
-            sizes[file] += nbytes
-        self._reserve(sizes)
-        self._sizes = sizes
+            file = max(range(FILES), key=lambda number: self._spaces[number].free_lbas)
+            extent = self._spaces[file].allocate(lbas_for(nbytes))
+            rooms.append(Room(key, self.kind, file, extent.offset, nbytes))
         return rooms
 
     def map(self, room: Room) -> FileRegion:
@@ -88,28 +89,49 @@ class PageCachePath(StoragePath):
                 "see `ulimit -v`, or keep all on the drive with --kv-path direct",
             ) from error
 
-    def _reserve(self, sizes: list[int]) -> None:
-        check_room(self.folder, sum(sizes) - sum(self._sizes))
+    def allocate(self, wanted: Sequence[tuple[TensorKey, int]]) -> list[Room]:
+        check_room(self.folder, sum(nbytes for _, nbytes in wanted))
+        rooms = self.reserve(wanted)
+        sizes = [os.fstat(fd).st_size for fd in self.fds]
         try:
-            for fd, old, new in zip(self.fds, self._sizes, sizes, strict=True):
-                if new > old:
-                    os.posix_fallocate(fd, old, new - old)
+            for room in rooms:
+                os.posix_fallocate(self.fds[room.file], room.offset, room.nbytes)
         except OSError as error:
-            for fd, old in zip(self.fds, self._sizes, strict=True):
-                os.ftruncate(fd, old)
-            need = format_size(sum(sizes) - sum(self._sizes))
-            raise CapacityError(
-                f"{self.folder} has no room for {need} of KV files: {error.strerror}",
-                "free some space, or choose another folder with --cache-dir",
-            ) from error
+            self.release(rooms)
+            for fd, size in zip(self.fds, sizes, strict=True):
+                os.ftruncate(fd, size)
+            raise self._full(sum(nbytes for _, nbytes in wanted), error) from error
+        return rooms
+
+    def back(self, room: Room) -> None:
+        check_room(self.folder, room.nbytes)
+        try:
+            os.posix_fallocate(self.fds[room.file], room.offset, room.nbytes)
+        except OSError as error:
+            self.drop(room)
+            raise self._full(room.nbytes, error) from error
+
+    def drop(self, room: Room) -> bool:
+        """Pages and blocks at once; where the filesystem makes no holes, the clean pages alone."""
+        try:
+            punch(self.fds[room.file], room.offset, room.nbytes)
+        except GlueError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            os.posix_fadvise(self.fds[room.file], room.offset, room.nbytes, os.POSIX_FADV_DONTNEED)
+        return True
+
+    def _full(self, nbytes: int, error: OSError) -> CapacityError:
+        return CapacityError(
+            f"{self.folder} has no room for {format_size(nbytes)} of KV files: {error.strerror}",
+            "free some space, or choose another folder with --cache-dir",
+        )
 
     def release(self, rooms: Sequence[Room]) -> None:
-        """Space comes back when the last room goes: rooms are taken once a run and freed together."""
-        gone = sum(room.nbytes for room in rooms)
-        if gone == sum(self._sizes):
-            for fd in self.fds:
-                os.ftruncate(fd, 0)
-            self._sizes = [0] * FILES
+        """Their space comes back at once, and their addresses are used again."""
+        for room in rooms:
+            self._spaces[room.file].free(Extent(room.offset // LBA, lbas_for(room.nbytes)))
+            self.drop(room)
 
     def close(self) -> int:
         given_up = self.queue.close()

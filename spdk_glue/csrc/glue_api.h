@@ -138,6 +138,12 @@ typedef struct {
     uint32_t memory_alignment;   /* bytes O_DIRECT wants of addresses; 0 unknown */
 } glue_file_facts;
 
+typedef struct { /* of one file, in bytes; before Linux 6.5 `cached` alone is known */
+    uint64_t cached;
+    uint64_t dirty;   /* of `cached`: not on the medium yet, or on its way */
+    uint64_t evicted; /* dropped for want of memory a short while ago */
+} glue_cached;
+
 enum { GLUE_MEMORY_PLAIN = 0, GLUE_MEMORY_THP = 1, GLUE_MEMORY_HUGETLB = 2 };
 
 /* Once, when the module has been loaded: undoes what a library did to the process by being loaded. */
@@ -181,8 +187,10 @@ void *glue_memory_alloc(uint64_t *size, int want_hugetlb, int *kind, int *error)
 void glue_memory_free(void *address, uint64_t size);
 
 int glue_file_facts_of(int fd, glue_file_facts *out);
-/* Bytes of the file that the page cache holds, or -errno. */
-int64_t glue_cached_bytes(int fd);
+/* What the page cache holds of the file; 0 or -errno. */
+int glue_cached_pages(int fd, glue_cached *out);
+/* Give back a range of the file, its pages and its blocks: it reads as zeros. 0 or -errno. */
+int glue_punch(int fd, uint64_t offset, uint64_t bytes);
 /* Of memory that maps a file: make `runs` ranges present, each `bytes` long, `stride` apart. Returns the bytes
  * that were not, or -errno: -EIO where the file cannot be read, and a touch would raise SIGBUS. */
 int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Memory that engines read into, and facts about files. */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <stdlib.h>
@@ -138,14 +141,28 @@ static int64_t cached_by_mincore(int fd)
     return count < 0 ? count : count * (int64_t)page;
 }
 
-int64_t glue_cached_bytes(int fd)
+int glue_cached_pages(int fd, glue_cached *out)
 {
     const long cachestat = 451; /* Linux 6.5 */
     uint64_t whole_file[2] = {0, 0};
     uint64_t counts[5] = {0}; /* cached, dirty, writeback, evicted, recently evicted */
-    if (!syscall(cachestat, fd, whole_file, counts, 0))
-        return (int64_t)counts[0] * sysconf(_SC_PAGESIZE);
-    return errno == ENOSYS || errno == EOPNOTSUPP || errno == EPERM ? cached_by_mincore(fd) : -errno;
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    memset(out, 0, sizeof *out);
+    if (!syscall(cachestat, fd, whole_file, counts, 0)) {
+        *out = (glue_cached){counts[0] * page, (counts[1] + counts[2]) * page, counts[4] * page};
+        return 0;
+    }
+    if (errno != ENOSYS && errno != EOPNOTSUPP && errno != EPERM)
+        return -errno;
+    int64_t cached = cached_by_mincore(fd);
+    out->cached = cached < 0 ? 0 : (uint64_t)cached;
+    return cached < 0 ? (int)cached : 0;
+}
+
+int glue_punch(int fd, uint64_t offset, uint64_t bytes)
+{
+    int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    return fallocate(fd, mode, (off_t)offset, (off_t)bytes) ? -errno : 0;
 }
 
 static const uintptr_t PAGE = 4096;

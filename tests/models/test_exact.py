@@ -59,7 +59,11 @@ def cases(rows) -> list[Case]:
 
 
 def name(case: Case) -> str:
-    return "-".join(str(part).removeprefix("torch.") for part in (*case.way, *case[1:]))
+    return "-".join((name_of_way(case.way), *case[1:]))
+
+
+def name_of_way(way: Way) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in way)
 
 
 def prompt(batch: int) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ def test_nothing_is_copied(tmp_path: Path) -> None:
     with in_place(tmp_path) as (checked, path):
         for count in (50, 1, 1, 100):
             checked.step(count)
-        assert all(tensor.home and not tensor.segments for tensor in checked.store.tensors.values())
+        assert all(tensor.mapped and tensor.segments[0].capacity for tensor in checked.store.tensors.values())
         stats = path.queue.stats()
         assert (stats.read_bytes, stats.write_bytes) == (0, 0)
         written = sum(rows.numel() * rows.element_size() for rows in checked.rows.values())
@@ -54,9 +54,10 @@ def test_nothing_is_copied(tmp_path: Path) -> None:
 def test_it_is_the_files_own_memory(tmp_path: Path) -> None:
     with in_place(tmp_path, layers=1) as (checked, path):
         checked.append(K0, 16)
-        home = checked.store.tensors[K0].home
-        assert home is not None
-        os.pwrite(path.fds[home.room.file], b"\x00" * 4, home.room.offset)
+        mapped = checked.store.tensors[K0].mapped
+        assert mapped is not None
+        room = checked.store.tensors[K0].segments[0].room
+        os.pwrite(path.fds[room.file], b"\x00" * 4, room.offset)
         assert checked.store.load(K0).view.view(-1)[:2].tolist() == [0.0, 0.0]
 
 
@@ -86,7 +87,7 @@ def test_more_tokens_than_were_foreseen_move_it_out(tmp_path: Path) -> None:
         size = path.queue.stats().write_bytes
         for count in (3, 1, 1, 200, 1):
             checked.step(count)
-        assert not any(tensor.home for tensor in checked.store.tensors.values())
+        assert not any(tensor.mapped for tensor in checked.store.tensors.values())
         assert path.queue.stats().write_bytes > size
         checked.crop(K0, 70)
         checked.append(K0, 5)
@@ -115,14 +116,14 @@ def test_with_checksums_it_is_copied(tmp_path: Path) -> None:
     with in_place(tmp_path, checksum=True) as (checked, path):
         checked.step(100)
         checked.step(1)
-        assert not any(tensor.home for tensor in checked.store.tensors.values())
+        assert not any(tensor.mapped for tensor in checked.store.tensors.values())
         assert path.queue.stats().read_bytes > 0
 
 
 def test_it_is_gone_after_close(tmp_path: Path) -> None:
     with in_place(tmp_path) as (checked, _):
         checked.step(10)
-        home = checked.store.tensors[K0].home
-        assert home is not None
-    assert home.slot.view is None
-    assert repr(home.region) == "<FileRegion closed>"
+        mapped = checked.store.tensors[K0].mapped
+        assert mapped is not None
+    assert mapped.slot.view is None
+    assert repr(mapped.region) == "<FileRegion closed>"

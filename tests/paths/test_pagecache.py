@@ -9,18 +9,20 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from leftovers import descriptors, ended, tasks
 
+from dualblade import target_files
 from dualblade.errors import CapacityError, TargetError
 from dualblade.paths import pagecache
 from dualblade.paths.pagecache import FILES, PageCachePath
 from dualblade.tensors import TensorKey
 from dualblade.units import GIB, MIB
-from spdk_glue import PAGE, READ, WRITE, Region, plain
+from spdk_glue import PAGE, READ, WRITE, GlueError, Region, cached_bytes, plain
 
 KEYS = [TensorKey(layer, kind) for layer in range(4) for kind in "KV"]
 
@@ -122,6 +124,63 @@ def test_released_space_comes_back(path: PageCachePath) -> None:
     assert allocated(path) < MIB
     again = path.allocate([(key, MIB) for key in KEYS])
     assert min(room.offset for room in again) == 0
+
+
+def test_one_room_comes_back_alone(path: PageCachePath) -> None:
+    """Its space at once, its addresses for the next; what lies around it stays."""
+    rooms = path.allocate([(key, 4 * MIB) for key in KEYS])
+    gone, kept = rooms[1], rooms[5]
+    assert gone.file == kept.file
+    with Region(4 * MIB, hugepages=False) as region:
+        for room in (gone, kept):
+            region.buffer()[:] = b"k" * region.size
+            path.transfer(WRITE, room.key, [plain(room.offset, region.address, 4 * MIB, room.file)]).wait()
+        before, pages = allocated(path), cached_bytes(path.fds[gone.file])
+        path.release([gone])
+        assert before - allocated(path) == 4 * MIB
+        assert pages - cached_bytes(path.fds[gone.file]) >= 3 * MIB
+        path.transfer(READ, kept.key, [plain(kept.offset, region.address, 4 * MIB, kept.file)]).wait()
+        assert bytes(region.buffer()) == b"k" * region.size
+    again = path.allocate([(KEYS[1], 4 * MIB)])
+    assert again == [gone]
+
+
+def test_reserved_addresses_take_no_space(path: PageCachePath) -> None:
+    rooms = path.reserve([(key, 16 * MIB) for key in KEYS])
+    assert allocated(path) < MIB
+    part = replace(rooms[0], offset=rooms[0].offset + MIB, nbytes=2 * MIB)
+    path.back(part)
+    assert 2 * MIB <= allocated(path) < 3 * MIB
+    path.drop(part)
+    assert allocated(path) < MIB
+
+
+def test_a_disk_that_would_be_nearly_full_backs_nothing(
+    path: PageCachePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a room whose addresses were reserved while there was space."""
+    (room,) = path.reserve([(KEYS[0], 16 * MIB)])
+    floor = target_files.room(path.folder)[0] - 8 * MIB
+    monkeypatch.setattr(target_files, "room", lambda folder: (floor + 8 * MIB, floor))
+    with pytest.raises(CapacityError, match="must stay so"):
+        path.back(room)
+    assert allocated(path) < MIB
+
+
+def test_a_filesystem_without_holes_drops_what_is_written_back(
+    path: PageCachePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (room,) = path.allocate([(KEYS[0], 4 * MIB)])
+    with Region(4 * MIB, hugepages=False) as region:
+        path.transfer(WRITE, room.key, [plain(room.offset, region.address, 4 * MIB, room.file)]).wait()
+    os.fsync(path.fds[room.file])
+
+    def no_holes(fd: int, offset: int, nbytes: int) -> None:
+        raise GlueError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(pagecache, "punch", no_holes)
+    assert path.drop(room)
+    assert cached_bytes(path.fds[room.file]) == 0
 
 
 # places that will not do --------------------------------------------------------------------

@@ -84,7 +84,11 @@ def violations(file: str, source: str) -> Iterator[str]:
     names = imports(source, file)
     tops = {name.partition(".")[0] for name in names}
     ours = {name for name in names if name.partition(".")[0] == "dualblade"}
-    if under(file, "governor.py", "layout.py", "extents.py") and tops & {"torch", "spdk_glue", "os"}:
+    if under(file, "governor.py", "revision.py", "governor_trace.py", "layout.py", "extents.py") and tops & {
+        "torch",
+        "spdk_glue",
+        "os",
+    }:
         yield "pure modules know neither torch, spdk_glue nor os"
     if under(file, "host/", "units.py", "errors.py", "trace.py"):
         if foreign := tops - sys.stdlib_module_names - {"dualblade"}:

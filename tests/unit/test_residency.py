@@ -17,7 +17,7 @@ from dualblade.errors import ConfigError
 from dualblade.host.sysfs import Host
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
 from dualblade.units import GIB, MIB
-from spdk_glue import GlueError, cached_bytes, file_facts
+from spdk_glue import GlueError, cached_bytes, cached_pages, file_facts, punch
 
 BLOCK = 64 * MIB
 FILE = 16 * MIB
@@ -171,6 +171,21 @@ def test_start_twice_is_refused_and_restart_is_not() -> None:
     with meter:
         assert "running" in repr(meter)
     assert not [thread for thread in threading.enumerate() if thread.name == "memory-meter"]
+
+
+def test_pages_and_holes(cached_file: int) -> None:
+    """Dirty ones are told apart where the kernel can (6.5); a hole takes neither pages nor blocks."""
+    assert cached_pages(cached_file).cached == FILE
+    os.fsync(cached_file)
+    assert cached_pages(cached_file).dirty == 0
+    blocks = os.fstat(cached_file).st_blocks * 512
+    punch(cached_file, FILE // 4, FILE // 2)
+    assert cached_bytes(cached_file) <= FILE // 2 + 4 * MIB  # large folios are split when they can be
+    assert blocks - os.fstat(cached_file).st_blocks * 512 == FILE // 2
+    assert os.pread(cached_file, FILE, 0).count(0) > FILE // 2
+    assert os.fstat(cached_file).st_size == FILE
+    with pytest.raises(GlueError):
+        punch(1 << 20, 0, 4096)
 
 
 def test_snapshot_of_this_machine(cached_file: int) -> None:

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The governor while a run goes on: between two passes it looks at the memory, decides, and has blocks
+moved."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dualblade.errors import ConfigError, DualBladeError
+from dualblade.governor import Footprint
+from dualblade.governor_trace import encode, move_record
+from dualblade.kv_tensor import Tensor
+from dualblade.migration import Migrator
+from dualblade.paths.base import StoragePath
+from dualblade.planner import SegmentPlacer
+from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, TensorState, revise
+from dualblade.tensors import PathKind, Placement, TensorKey
+from dualblade.units import MIB
+from dualblade.watch import Look, MemoryWatch
+from spdk_glue import PAGE, Region
+
+DEMOTE_PART, PROMOTE_PART = 16, 64  # of all KV, copied for one decision and one pass
+BAND_PART = 32
+LARGEST_BAND = 256 * MIB
+PATIENCE = 8  # looks: two seconds
+MOVES_REPORTED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run may take: see Facts. mapped: weights that are mapped, which no other figure includes.
+    tokens: the context at the end, None where it is not known."""
+
+    budget: int
+    cap: int | None
+    footprint: Footprint
+    mapped: int
+    tokens: int | None
+    policy: str
+
+
+class LiveGovernor:
+    """Told by the store of every tensor that is asked for (see store.Mover).
+
+    open_path: makes a path that the plan had no use for; raises DualBladeError. trace: a file that gets every
+    decision as a JSON line.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[TensorKey, Tensor],
+        paths: Mapping[PathKind, StoragePath],
+        budget: Budget,
+        migrator: Migrator,
+        watch: MemoryWatch,
+        placer: SegmentPlacer | None = None,
+        open_path: Callable[[PathKind], None] | None = None,
+        trace: Path | None = None,
+    ):
+        self.tensors = tensors
+        self.paths = paths
+        self.migrator = migrator
+        self.watch = watch
+        self.steps = 0
+        self.moves: list[tuple[int, Move]] = []
+        self.note: str | None = None
+        self.share: int | None = None
+        self._budget = budget
+        self._placer = placer
+        self._open_path = open_path
+        self._trace = _open_trace(trace)
+        self._keys = sorted(tensors)
+        self._state = GovernorState()
+        self._decided = -1
+        self._more = False
+        self._rate = 0
+        self._refaults: tuple[int, int] | None = None  # so far, bytes since the look before
+        self._last: TensorKey | None = None
+        self._reasons: dict[tuple[TensorKey, PathKind], str] = {}
+
+    @property
+    def region(self) -> Region:
+        return self.migrator.region
+
+    # told by the store ----------------------------------------------------------------------
+
+    def reached(self, key: TensorKey) -> None:
+        """A tensor is about to be used; the first of a pass is where decisions are made."""
+        if self._last is None or key <= self._last:
+            self._between_passes()
+        self._last = key
+        self.migrator.poll()
+
+    def grown(self, tensor: Tensor) -> None:
+        if tensor.segments[-1].room.path is PathKind.PAGE_CACHE:
+            self.migrator.claim([tensor])
+
+    def spare(self) -> bool:
+        return self.migrator.spare()
+
+    def _between_passes(self) -> None:
+        self.steps += 1
+        self.migrator.grant = self._rate
+        if self.watch.latest is None:
+            return
+        number, seen = self.watch.latest
+        if number != self._decided or (self._more and self.migrator.idle):
+            self._decided = number
+            self._decide(number, seen)
+
+    # decide ---------------------------------------------------------------------------------
+
+    def _decide(self, number: int, seen: Look) -> None:
+        states = [self._state_of(self.tensors[key]) for key in self._keys]
+        facts, limits, before = self._facts(number, seen, states), self._limits(), self._state
+        decision = revise(states, facts, before, limits)
+        self._state, self._more, self.share = decision.state, decision.more, decision.share
+        if self._trace is not None:
+            self._trace.write(encode(self.steps, states, facts, before, limits, decision) + "\n")
+        if self._placer is not None:
+            self._placer.share = decision.share
+            self._placer.used = sum(state.cached * state.block_bytes for state in states)
+        self._carry_out(decision, limits)
+
+    def _carry_out(self, decision: Decision, limits: Limits) -> None:
+        if not self._ready(decision.moves):
+            return
+        promotes = bool(decision.moves) and decision.moves[0].to is PathKind.PAGE_CACHE
+        self._rate = self.migrator.grant = limits.promote if promotes else limits.demote
+        for move in decision.moves:
+            if move.to not in self.migrator.refused:
+                self._reasons[move.key, move.to] = f"live: {move.reason}"
+                self.moves.append((self.steps, move))
+        self.migrator.want(decision.moves)
+
+    def _ready(self, moves: Sequence[Move]) -> bool:
+        """The path that they lead to is there, or could be opened."""
+        if not moves or moves[0].to in self.paths:
+            return True
+        opening, self._open_path = self._open_path, None
+        if opening is None:
+            return False
+        try:
+            opening(moves[0].to)
+            self.migrator.claim(list(self.tensors.values()))
+        except DualBladeError as error:
+            self.note = f"the {moves[0].to.value} path cannot be opened: {error}"
+            return False
+        return True
+
+    def _state_of(self, tensor: Tensor) -> TensorState:
+        cached = cached_written = 0
+        for segment in tensor.segments:
+            if segment.room.path is PathKind.PAGE_CACHE:
+                cached += segment.blocks
+                cached_written += min(segment.blocks, max(0, tensor.full - segment.first))
+        stuck = tensor.blocks - sum(home.blocks for home in tensor.homes.get(PathKind.DIRECT, ()))
+        if PathKind.DIRECT not in self.paths and self._open_path:
+            stuck = 0  # it will be opened with room for all
+        size = tensor.layout.block_bytes
+        return TensorState(tensor.spec.key, size, tensor.blocks, tensor.full, cached, cached_written, stuck)
+
+    def _facts(self, number: int, seen: Look, states: Sequence[TensorState]) -> Facts:
+        snapshot, budget = seen.snapshot, self._budget
+        # A large folio that was dropped in part stays whole, and counts.
+        waste = seen.pages.cached - sum(state.cached_written * state.block_bytes for state in states)
+        held = snapshot.process_anon + snapshot.process_hugetlb + budget.mapped + max(0, waste)
+        footprint = budget.footprint
+        to_take = max(footprint.reserve_bytes, footprint.total - held)
+        room = snapshot.available
+        if snapshot.cgroup_headroom is not None:  # our own dirty pages will be clean, and ours again
+            room = min(room, snapshot.cgroup_headroom + seen.pages.dirty)
+        return Facts(
+            number=number,
+            budget=budget.budget,
+            cap=budget.cap,
+            footprint=footprint.total,
+            held=held,
+            room=room - to_take,
+            room_source=snapshot.headroom_source,
+            resident=seen.pages.cached,
+            refaulted=self._refaulted(number, seen),
+            some=seen.pressure.some,
+            full=seen.pressure.full,
+            steps_left=self._steps_left(),
+        )
+
+    def _refaulted(self, number: int, seen: Look) -> int:
+        """Bytes read back between this look and the one before."""
+        count = seen.pressure.refaults
+        if number != self._state.number:
+            before = count if self._refaults is None else self._refaults[0]
+            self._refaults = (count, max(0, count - before) * PAGE)
+        return self._refaults[1] if self._refaults else 0
+
+    def _steps_left(self) -> int | None:
+        if self._budget.tokens is None:
+            return None
+        held = max((tensor.tokens for tensor in self.tensors.values()), default=0)
+        return max(0, self._budget.tokens - held)
+
+    def _limits(self) -> Limits:
+        blocks = [(tensor.blocks, tensor.layout.block_bytes) for tensor in self.tensors.values()]
+        total, largest = sum(n * size for n, size in blocks), max((size for _, size in blocks), default=1)
+        return Limits(
+            demote=max(total // DEMOTE_PART, self.region.size),
+            promote=max(total // PROMOTE_PART, self.region.size),
+            band=max(2 * largest, min(total // BAND_PART, LARGEST_BAND)),
+            patience=PATIENCE,
+            policy=self._budget.policy,
+        )
+
+    # report ---------------------------------------------------------------------------------
+
+    def placements(self, planned: Sequence[Placement]) -> list[Placement]:
+        """Where the tensors are now, each path of each tensor, with the reason of the last decision or of
+        the plan."""
+        reasons = {(item.key, item.path): item.reason for item in planned} | self._reasons
+        found = []
+        for key in self._keys:
+            sizes: dict[PathKind, int] = defaultdict(int)
+            for segment in self.tensors[key].segments:
+                sizes[segment.room.path] += segment.room.nbytes
+            found += [
+                Placement(key, path, size, reasons.get((key, path), "live")) for path, size in sizes.items()
+            ]
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """The part "governor" of `run --json`. Bytes demoted and promoted are those that arrived."""
+        migrator = self.migrator
+        notes = [self.note, self.watch.error, *dict.fromkeys(migrator.refused.values())]
+        return {
+            "steps": self.steps,
+            "share_bytes": self.share,
+            "demoted_bytes": migrator.moved_bytes[PathKind.DIRECT],
+            "promoted_bytes": migrator.moved_bytes[PathKind.PAGE_CACHE],
+            "copied_bytes": migrator.copied_bytes,
+            "moves": [_reported(step, move) for step, move in self.moves[-MOVES_REPORTED:]],
+            "notes": [note for note in notes if note],
+        }
+
+    def close(self) -> None:
+        """Before the paths are closed."""
+        self.watch.stop()
+        if self._trace is not None:
+            self._trace.close()
+
+
+def _reported(step: int, move: Move) -> dict[str, Any]:
+    record = move_record(move)
+    sides = [path.value for path in PathKind if path is not move.to] + [move.to.value]
+    return {
+        "step": step,
+        "tensor": record["tensor"],
+        "from": sides[0],
+        "to": sides[1],
+        "bytes": move.bytes,
+        "copied": move.copied,
+        "reason": move.reason,
+    }
+
+
+def _open_trace(path: Path | None) -> IO[str] | None:
+    if path is None:
+        return None
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the trace {path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How placements follow the memory while a run goes on. Pure policy: no I/O, no clock; the same arguments
+give the same decision, so a recorded trace can be replayed.
+
+A decision says how many blocks of which tensor shall lie in the page cache. Less memory is answered at once,
+more of it only after it has lasted; between the two lies a band in which nothing moves.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dualblade.governor import Policy
+from dualblade.tensors import PathKind, Placement, TensorKey
+from dualblade.units import format_size
+
+SOME_PRESSED = 10.0  # per cent of the last 10 s in which some task waited for memory
+FULL_PRESSED = 1.0  # in which all of them did
+REFAULT_PART = 16  # of the resident pages, read back since the last look, is pressure too
+MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
+FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
+
+
+@dataclass(frozen=True, slots=True)
+class TensorState:
+    """Blocks of one tensor: `blocks` there is room for, `written` on the medium, `cached` in the page cache,
+    `cached_written` both, `stuck` of the cached ones without a room on the direct path."""
+
+    key: TensorKey
+    block_bytes: int
+    blocks: int
+    written: int
+    cached: int
+    cached_written: int
+    stuck: int = 0
+
+    @property
+    def free(self) -> int:
+        """Cached blocks that hold nothing yet."""
+        return self.cached - self.cached_written
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One look at the memory, in bytes. number: counts the looks.
+
+    budget: of the process. cap: --page-cache-budget. footprint: what is planned for all but cached KV; held:
+    what the process holds now beside cached KV. room: what machine and cgroups give the page-cache path,
+    with what it has. resident: our pages that are in memory. refaulted: pages read back since the last
+    look. some, full: memory pressure (PSI, avg10). steps_left: forward passes to come, None if unknown.
+    """
+
+    number: int
+    budget: int
+    cap: int | None
+    footprint: int
+    held: int
+    room: int
+    room_source: str
+    resident: int
+    refaulted: int = 0
+    some: float = 0.0
+    full: float = 0.0
+    steps_left: int | None = None
+
+    @property
+    def pressed(self) -> bool:
+        refaults = self.refaulted * REFAULT_PART > max(self.resident, 1 << 20)
+        return self.full >= FULL_PRESSED or self.some >= SOME_PRESSED or refaults
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """demote, promote: bytes copied for one decision. band: bytes by which memory must have grown before more
+    is cached; patience: for how many looks. policy: which tensors are cached."""
+
+    demote: int
+    promote: int
+    band: int
+    patience: int
+    policy: str = Policy.SPREAD
+
+
+@dataclass(frozen=True, slots=True)
+class GovernorState:
+    """What is kept from decision to decision. number: the last look. own, room: in force, see Facts.
+    better_*: looks for which there was more. demoted: the look of the last demotion."""
+
+    number: int = -1
+    own: int | None = None
+    room: int | None = None
+    better_own: int = 0
+    better_room: int = 0
+    demoted: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`blocks` more of a tensor go `to` a path, so that `cached` are in the page cache. bytes: of them, those
+    that must be copied are `copied`."""
+
+    key: TensorKey
+    to: PathKind
+    blocks: int
+    cached: int
+    bytes: int
+    copied: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """share: bytes that may be cached. more: the limits held moves back."""
+
+    share: int
+    reason: str
+    moves: tuple[Move, ...]
+    more: bool
+    state: GovernorState
+
+
+def revise(tensors: Sequence[TensorState], facts: Facts, state: GovernorState, limits: Limits) -> Decision:
+    """What shall move now. `tensors` in the order of decoding."""
+    state = _look(facts, state, limits)
+    share, reason = _share(tensors, facts, state)
+    cached = sum(tensor.cached * tensor.block_bytes for tensor in tensors)
+    if cached > share:
+        moves, more = _demote(tensors, cached - share, limits, reason)
+        state = replace(state, demoted=facts.number) if moves else state
+    elif _may_promote(facts, state, limits):
+        moves, more = _promote(tensors, share - cached, facts, limits, reason)
+    else:
+        moves, more = [], False
+    return Decision(share, reason, tuple(moves), more, state)
+
+
+def fill(
+    placements: Sequence[Placement], blocks: Mapping[TensorKey, int], share: int, policy: str
+) -> list[Placement]:
+    """What whole tensors leave of the share goes to the first blocks of one more, whose placement becomes
+    two. blocks: bytes of a block."""
+    states = [
+        TensorState(item.key, blocks[item.key], item.bytes // blocks[item.key], 0, cached, 0)
+        for item in placements
+        for cached in [item.bytes // blocks[item.key] if item.path is PathKind.PAGE_CACHE else 0]
+    ]
+    cycle = _Cycle(states, policy)
+    room = share - sum(item.bytes for item in placements if item.path is PathKind.PAGE_CACHE)
+    found = cycle.next_to_promote()
+    part = room // cycle.tensors[found].block_bytes if found is not None else 0
+    if found is None or part <= 0:
+        return list(placements)
+    item, whole = placements[found], cycle.tensors[found].blocks
+    reason = f"what is left of the share holds {part} of its {whole} blocks"
+    nbytes = part * blocks[item.key]
+    first = Placement(item.key, PathKind.PAGE_CACHE, nbytes, reason)
+    rest = Placement(item.key, PathKind.DIRECT, item.bytes - nbytes, reason)
+    return [*placements[:found], first, rest, *placements[found + 1 :]]
+
+
+# the share ----------------------------------------------------------------------------------
+
+
+def _look(facts: Facts, state: GovernorState, limits: Limits) -> GovernorState:
+    """Take in a new look; one that was seen before changes nothing."""
+    if facts.number == state.number:
+        return state
+    margin = limits.band // 2
+    own, better_own = _settle(
+        -_rounded(facts, margin), None if state.own is None else -state.own, state.better_own, limits, 0
+    )
+    room, better_room = _settle(facts.room, state.room, state.better_room, limits, margin)
+    return replace(
+        state, number=facts.number, own=-own, room=room, better_own=better_own, better_room=better_room
+    )
+
+
+def _rounded(facts: Facts, step: int) -> int:
+    """What the process takes beside cached KV; what goes beyond the plan in steps."""
+    beyond = facts.held - facts.footprint
+    return facts.footprint + (-(-beyond // max(1, step)) * max(1, step) if beyond > 0 else 0)
+
+
+def _settle(seen: int, current: int | None, better: int, limits: Limits, margin: int) -> tuple[int, int]:
+    """The value in force, and for how many looks there has been more. Less counts at once, with a margin
+    below it, so that the next small change is none."""
+    if current is None or seen < current:
+        return seen - margin, 0
+    if seen < current + limits.band:
+        return current, 0
+    return (seen - margin, 0) if better + 1 >= limits.patience else (current, better + 1)
+
+
+def _share(tensors: Sequence[TensorState], facts: Facts, state: GovernorState) -> tuple[int, str]:
+    assert state.own is not None
+    assert state.room is not None
+    left = facts.budget - state.own
+    choices = [(left, f"--mem-budget {format_size(facts.budget)} leaves {format_size(max(0, left))}")]
+    if facts.cap is not None:
+        choices.append((facts.cap, f"--page-cache-budget {format_size(facts.cap)}"))
+    choices.append((state.room, f"{facts.room_source} leaves {format_size(max(0, state.room))}"))
+    if facts.pressed and (kept := _kept(tensors, facts)) is not None:
+        choices.append((kept, f"under memory pressure the kernel keeps {format_size(facts.resident)}"))
+    share, reason = min(choices, key=lambda choice: choice[0])
+    return max(0, share), reason
+
+
+def _kept(tensors: Sequence[TensorState], facts: Facts) -> int | None:
+    """The share less what of it the kernel took away; None where that is next to nothing."""
+    written = sum(tensor.cached_written * tensor.block_bytes for tensor in tensors)
+    missing = written - facts.resident
+    if missing * MISSING_PART <= written:
+        return None
+    return sum(tensor.cached * tensor.block_bytes for tensor in tensors) - missing
+
+
+def _may_promote(facts: Facts, state: GovernorState, limits: Limits) -> bool:
+    rested = state.demoted is None or facts.number - state.demoted >= limits.patience
+    return rested and not facts.pressed
+
+
+# which tensors ------------------------------------------------------------------------------
+
+
+def _demote(
+    tensors: Sequence[TensorState], excess: int, limits: Limits, reason: str
+) -> tuple[list[Move], bool]:
+    """First the rooms of tokens to come, which costs nothing, and then what must be copied."""
+    cycle = _Cycle(tensors, limits.policy)
+    while excess > 0 and (found := cycle.next_to_demote(free=True)) is not None:
+        tensor = cycle.tensors[found]
+        wanted = min(-(-excess // tensor.block_bytes), tensor.free, tensor.cached - tensor.stuck)
+        excess -= cycle.take(found, PathKind.DIRECT, wanted, 0, reason)
+    cycle, moves, allowed = _Cycle(cycle.tensors, limits.policy), cycle.moves, limits.demote
+    while excess > 0 and (found := cycle.next_to_demote()) is not None:
+        tensor = cycle.tensors[found]
+        wanted = min(-(-excess // tensor.block_bytes), tensor.cached - tensor.stuck)
+        blocks = min(wanted, max(allowed // tensor.block_bytes, 0 if moves or cycle.moves else 1))
+        moved = cycle.take(found, PathKind.DIRECT, blocks, blocks, reason) if blocks else 0
+        allowed, excess = allowed - moved, excess - moved
+        if blocks < wanted:
+            return moves + cycle.moves, True
+    return moves + cycle.moves, False
+
+
+def _promote(
+    tensors: Sequence[TensorState], room: int, facts: Facts, limits: Limits, reason: str
+) -> tuple[list[Move], bool]:
+    pays = facts.steps_left is None or facts.steps_left >= FEWEST_STEPS
+    if all(tensor.block_bytes > room or tensor.cached >= tensor.blocks for tensor in tensors):
+        return [], False
+    cycle, allowed = _Cycle(tensors, limits.policy), limits.promote if pays else 0
+    while (found := cycle.next_to_promote()) is not None:
+        tensor = cycle.tensors[found]
+        wanted = min(room // tensor.block_bytes, tensor.blocks - tensor.cached)
+        if not wanted:
+            break
+        old = tensor.written - tensor.cached_written
+        copies = min(wanted, old, max(allowed // tensor.block_bytes, int(pays and not cycle.moves)))
+        blocks = wanted if copies == old else copies
+        room -= cycle.take(found, PathKind.PAGE_CACHE, blocks, copies, reason) if blocks else 0
+        allowed -= copies * tensor.block_bytes
+        if blocks < wanted:
+            return cycle.moves, pays
+    return cycle.moves, False
+
+
+class _Cycle:
+    """The tensors in the order of decoding as moves change them; each is moved once. One that lies on both
+    paths already is the next to move, so that whole tensors come to lie on one."""
+
+    def __init__(self, tensors: Sequence[TensorState], policy: str):
+        self.tensors = list(tensors)
+        self.moves: list[Move] = []
+        self._spread = policy == Policy.SPREAD
+        self._moved: set[int] = set()
+        self._cached = [index for index, tensor in enumerate(tensors) if tensor.cached]
+
+    def take(self, index: int, to: PathKind, blocks: int, copies: int, reason: str) -> int:
+        """Move blocks of a tensor, the last ones out of the page cache or the first ones into it: bytes."""
+        tensor = self.tensors[index]
+        before, size = tensor.cached, tensor.block_bytes
+        cached = before + (blocks if to is PathKind.PAGE_CACHE else -blocks)
+        written = tensor.cached_written + (copies if to is PathKind.PAGE_CACHE else -copies)
+        self.tensors[index] = replace(tensor, cached=cached, cached_written=written)
+        self.moves.append(Move(tensor.key, to, blocks, cached, blocks * size, copies * size, reason))
+        self._moved.add(index)
+        self._note(index, before, cached)
+        return blocks * size
+
+    def _note(self, index: int, before: int, cached: int) -> None:
+        if cached and not before:
+            insort(self._cached, index)
+        elif before and not cached:
+            self._cached.remove(index)
+
+    def next_to_demote(self, free: bool = False) -> int | None:
+        """Of several the one with the fewest cached blocks, or whose cached neighbours are nearest.
+        free: of those with rooms that nothing was written to."""
+        able = [
+            i
+            for i, tensor in enumerate(self.tensors)
+            if tensor.cached > tensor.stuck and (tensor.free or not free)
+        ]
+        return min(self._left(able), key=lambda i: (self._part(i), sum(self._gaps(i)), -i), default=None)
+
+    def next_to_promote(self) -> int | None:
+        """Of several the one with the most cached blocks, or that is furthest from any cached one."""
+        able = [i for i, tensor in enumerate(self.tensors) if tensor.cached < tensor.blocks]
+        return min(self._left(able), key=lambda i: (-self._part(i), -min(self._gaps(i)), i), default=None)
+
+    def _left(self, able: Iterable[int]) -> Iterator[int]:
+        return (index for index in able if index not in self._moved)
+
+    def _part(self, index: int) -> float:
+        """Of its blocks, those that are cached."""
+        return self.tensors[index].cached / self.tensors[index].blocks
+
+    def _gaps(self, index: int) -> tuple[int, int]:
+        """Steps round the cycle to the nearest other cached tensor before and behind this one; all the way
+        where there is none, and where the policy does not ask."""
+        total = len(self.tensors)
+        if not self._spread or not self._cached:
+            return total, total
+        before = self._cached[bisect_left(self._cached, index) - 1]
+        beyond = self._cached[bisect_left(self._cached, index + 1) % len(self._cached)]
+        return (index - before) % total or total, (beyond - index) % total or total

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy of a run that goes on: within the memory, monotone, at rest under a constant memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualblade.errors import ConfigError
+from dualblade.governor import place
+from dualblade.governor_trace import encode, replay
+from dualblade.planner import make_specs
+from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, TensorState, fill, revise
+from dualblade.tensors import PathKind, TensorKey
+from dualblade.units import GIB, MIB
+
+BLOCK = MIB
+KEYS = [TensorKey(layer, kind) for layer in range(8) for kind in "KV"]
+LIMITS = Limits(demote=64 * MIB, promote=16 * MIB, band=8 * MIB, patience=4)
+FACTS = Facts(
+    number=0, budget=GIB, cap=None, footprint=512 * MIB, held=400 * MIB, room=4 * GIB,
+    room_source="available memory", resident=0,
+)  # fmt: skip
+
+
+def tensor(key: TensorKey, blocks: int, written: int, cached: int, block: int = BLOCK) -> TensorState:
+    """The first `cached` blocks are in the page cache."""
+    return TensorState(key, block, blocks, written, cached, min(written, cached))
+
+
+def tensors(cached: list[int], blocks: int = 32, written: int = 32) -> list[TensorState]:
+    return [tensor(key, blocks, written, count) for key, count in zip(KEYS, cached, strict=False)]
+
+
+def apply(states: list[TensorState], decision: Decision) -> list[TensorState]:
+    moved = {move.key: move.cached for move in decision.moves}
+    return [
+        replace(item, cached=moved[item.key], cached_written=min(item.written, moved[item.key]))
+        if item.key in moved
+        else item
+        for item in states
+    ]
+
+
+def cached_bytes(states: list[TensorState]) -> int:
+    return sum(item.cached * item.block_bytes for item in states)
+
+
+def settle(
+    states: list[TensorState], facts: Facts, state: GovernorState, limits: Limits, looks: int = 200
+) -> tuple[list[TensorState], GovernorState, list[Move]]:
+    """Look after look at the same memory."""
+    moves: list[Move] = []
+    for _ in range(looks):
+        facts = replace(facts, number=facts.number + 1)
+        decision = revise(states, facts, state, limits)
+        states, state = apply(states, decision), decision.state
+        moves += decision.moves
+    return states, state, moves
+
+
+# single decisions ---------------------------------------------------------------------------
+
+
+def test_nothing_moves_where_everything_fits() -> None:
+    decision = revise(tensors([32] * 16), FACTS, GovernorState(), LIMITS)
+    assert decision.moves == ()
+    assert decision.share == 512 * MIB
+
+
+def test_the_share_is_used_to_the_last_block() -> None:
+    """What `place` leaves over goes to one tensor, on both paths."""
+    specs = make_specs(4, 1, 8, 128, 2, 4096)
+    sizes = {spec.key: 8 * BLOCK for spec in specs}
+    placed = place(specs, sizes, 29 * BLOCK, "spread")
+    filled = fill(placed, dict.fromkeys(sizes, BLOCK), 29 * BLOCK + 5, "spread")
+    assert sum(item.bytes for item in filled) == 8 * 8 * BLOCK
+    assert sum(item.bytes for item in filled if item.path is PathKind.PAGE_CACHE) == 29 * BLOCK
+    assert len(filled) == len(placed) + 1
+    states = [tensor(item.key, 8, 0, 8 if item.path is PathKind.PAGE_CACHE else 0) for item in placed]
+    assert cached_bytes(states) == 24 * BLOCK
+    facts = replace(FACTS, cap=29 * BLOCK + 5)
+    after = apply(states, revise(states, facts, GovernorState(), LIMITS))
+    assert cached_bytes(after) == 29 * BLOCK
+    assert sorted(item.cached for item in after) == [0] * 4 + [5] + [8] * 3
+
+
+def test_less_memory_demotes_at_once_and_no_more_than_allowed() -> None:
+    facts = replace(FACTS, room=256 * MIB)
+    decision = revise(tensors([32] * 16), facts, GovernorState(), LIMITS)
+    assert {move.to for move in decision.moves} == {PathKind.DIRECT}
+    assert sum(move.copied for move in decision.moves) == LIMITS.demote
+    assert decision.more
+    after, _, moves = settle(tensors([32] * 16), facts, GovernorState(), LIMITS)
+    assert cached_bytes(after) == decision.share == 252 * MIB
+    assert {move.to for move in moves} == {PathKind.DIRECT}
+
+
+def test_the_cached_ones_stay_spread() -> None:
+    after, _, _ = settle(tensors([32] * 16), replace(FACTS, cap=256 * MIB), GovernorState(), LIMITS)
+    assert [item.cached for item in after] == [32, 0] * 8
+
+
+def test_first_fit_keeps_the_first() -> None:
+    limits = replace(LIMITS, policy="first-fit")
+    after, _, _ = settle(tensors([32] * 16), replace(FACTS, cap=100 * MIB), GovernorState(), limits)
+    assert [item.cached for item in after] == [32, 32, 32, 4] + [0] * 12
+
+
+def test_blocks_that_are_not_written_yet_go_for_nothing() -> None:
+    """Rooms for tokens to come are given up before anything is copied."""
+    limits = replace(LIMITS, demote=0)
+    states = tensors([32] * 16, written=8)
+    decision = revise(states, replace(FACTS, cap=300 * MIB), GovernorState(), limits)
+    assert cached_bytes(apply(states, decision)) == 300 * MIB
+    assert all(move.copied == 0 for move in decision.moves)
+
+
+def test_more_memory_must_last() -> None:
+    states, state, _ = settle(tensors([32] * 16), replace(FACTS, room=256 * MIB), GovernorState(), LIMITS)
+    facts = replace(FACTS, number=1000)
+    decisions = []
+    for _ in range(LIMITS.patience):
+        facts = replace(facts, number=facts.number + 1)
+        decisions.append(revise(states, facts, state, LIMITS))
+        state = decisions[-1].state
+    assert [bool(decision.moves) for decision in decisions] == [False] * (LIMITS.patience - 1) + [True]
+    assert {move.to for move in decisions[-1].moves} == {PathKind.PAGE_CACHE}
+    after, _, _ = settle(states, facts, state, LIMITS)
+    assert cached_bytes(after) == 512 * MIB
+
+
+def test_the_same_look_counts_once() -> None:
+    """Decisions may be more frequent than looks."""
+    states, state, _ = settle(tensors([32] * 16), replace(FACTS, room=256 * MIB), GovernorState(), LIMITS)
+    facts = replace(FACTS, number=1000)
+    for _ in range(10 * LIMITS.patience):
+        decision = revise(states, facts, state, LIMITS)
+        state = decision.state
+        assert not decision.moves
+
+
+def test_a_wobble_within_the_band_moves_nothing() -> None:
+    states, state, _ = settle(tensors([32] * 16), replace(FACTS, room=256 * MIB), GovernorState(), LIMITS)
+    for number, wobble in enumerate([0, 3, -3, 2, 3, -2, 0, 3] * 20, 1000):
+        decision = revise(states, replace(FACTS, number=number, room=256 * MIB + wobble * MIB), state, LIMITS)
+        state = decision.state
+        assert not decision.moves
+
+
+def test_no_copy_for_the_last_tokens() -> None:
+    facts = replace(FACTS, steps_left=3)
+    assert revise(tensors([0] * 16), facts, GovernorState(), LIMITS).moves == ()
+    fresh = revise(tensors([0] * 16, written=0), facts, GovernorState(), LIMITS)
+    assert sum(move.bytes for move in fresh.moves) == 512 * MIB
+    assert sum(move.copied for move in fresh.moves) == 0
+
+
+def test_under_pressure_nothing_is_promoted() -> None:
+    for pressure in ({"some": 20.0}, {"full": 2.0}, {"refaulted": 64 * MIB}):
+        facts = replace(FACTS, **pressure)
+        assert facts.pressed
+        assert revise(tensors([0] * 16), facts, GovernorState(), LIMITS).moves == ()
+
+
+def test_what_the_kernel_took_is_demoted_under_pressure_alone() -> None:
+    """Dropped caches come back with the next pass; under pressure they would go again."""
+    taken = replace(FACTS, resident=256 * MIB)
+    assert revise(tensors([32] * 16), taken, GovernorState(), LIMITS).moves == ()
+    after, _, _ = settle(tensors([32] * 16), replace(taken, full=5.0), GovernorState(), LIMITS)
+    assert 256 * MIB <= cached_bytes(after) <= 256 * MIB * 8 / 7
+
+
+def test_what_has_no_room_on_the_direct_path_stays() -> None:
+    states = [replace(item, stuck=30) for item in tensors([32] * 16)]
+    after, _, _ = settle(states, replace(FACTS, cap=0), GovernorState(), LIMITS)
+    assert [item.cached for item in after] == [30] * 16
+
+
+def test_a_process_larger_than_planned_leaves_less() -> None:
+    after, _, _ = settle(tensors([32] * 16), replace(FACTS, held=712 * MIB), GovernorState(), LIMITS)
+    assert cached_bytes(after) == 312 * MIB
+
+
+# properties ---------------------------------------------------------------------------------
+
+sizes = st.integers(0, 64)
+
+
+@st.composite
+def states_of(draw) -> list[TensorState]:
+    block = draw(st.sampled_from([BLOCK, BLOCK // 4]))
+    blocks = draw(st.integers(1, 40))
+    made = []
+    for key in KEYS[: draw(st.integers(1, len(KEYS)))]:
+        written, cached = draw(st.integers(0, blocks)), draw(st.integers(0, blocks))
+        made.append(tensor(key, blocks, written, cached, block))
+    return made
+
+
+memories = st.builds(
+    Facts,
+    number=st.integers(0, 50),
+    budget=st.integers(0, 2048).map(lambda size: size * MIB),
+    cap=st.one_of(st.none(), sizes.map(lambda size: size * 16 * MIB)),
+    footprint=st.integers(0, 1024).map(lambda size: size * MIB),
+    held=st.integers(0, 1200).map(lambda size: size * MIB + size),
+    room=st.integers(0, 1024).map(lambda size: size * MIB + size),
+    room_source=st.just("a cgroup"),
+    resident=st.integers(0, 1024).map(lambda size: size * MIB),
+    refaulted=st.sampled_from([0, 0, 512 * MIB]),
+    some=st.sampled_from([0.0, 0.0, 50.0]),
+    full=st.sampled_from([0.0, 0.0, 20.0]),
+    steps_left=st.one_of(st.none(), st.integers(0, 100)),
+)
+bounds = st.builds(
+    Limits,
+    demote=sizes.map(lambda size: size * MIB),
+    promote=sizes.map(lambda size: size * MIB),
+    band=st.integers(0, 64).map(lambda size: size * MIB),
+    patience=st.integers(1, 8),
+    policy=st.sampled_from(["spread", "first-fit"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(states_of(), memories, bounds)
+def test_never_over_what_there_is(states, facts, limits) -> None:
+    """Moves lead to the share and never beyond it, nor beyond what one decision may copy."""
+    decision = revise(states, facts, GovernorState(), limits)
+    after = apply(states, decision)
+    most = min(facts.budget - facts.footprint, facts.budget - facts.held, facts.room)
+    assert decision.share <= max(0, most if facts.cap is None else min(most, facts.cap))
+    assert cached_bytes(after) <= max(decision.share, cached_bytes(states))
+    if any(move.to is PathKind.PAGE_CACHE for move in decision.moves):
+        assert cached_bytes(after) <= decision.share
+    paths = {move.to for move in decision.moves}
+    assert len(paths) <= 1
+    allowed = max(limits.demote, limits.promote, *(item.block_bytes for item in states))
+    assert sum(move.copied for move in decision.moves) <= allowed
+
+
+@settings(max_examples=100, deadline=None)
+@given(states_of(), memories, bounds)
+def test_at_rest_under_a_constant_memory(states, facts, limits) -> None:
+    """Within as many looks as the limits ask for; then never again, and no block goes there and back."""
+    limits = replace(limits, demote=max(limits.demote, 16 * MIB), promote=max(limits.promote, 16 * MIB))
+    settled, state, moves = settle(states, facts, GovernorState(), limits)
+    assert len({move.to for move in moves}) <= 1
+    later = replace(facts, number=facts.number + 1000)
+    again, _, more = settle(settled, later, state, limits, 30)
+    assert more == []
+    assert again == settled
+    decision = revise(settled, replace(facts, number=9999), state, limits)
+    assert cached_bytes(settled) <= max(decision.share, 0) or not decision.moves
+
+
+@settings(max_examples=200, deadline=None)
+@given(states_of(), memories, bounds, st.integers(0, 512))
+def test_monotone_in_the_budget(states, facts, limits, extra) -> None:
+    """A larger budget never caches less, at any moment of the way."""
+    larger = replace(facts, budget=facts.budget + extra * MIB)
+    sides = [(states, GovernorState(), facts), (states, GovernorState(), larger)]
+    one, two = (revise(states, side, state, limits) for states, state, side in sides)
+    assert one.share <= two.share
+    assert cached_bytes(apply(states, one)) <= cached_bytes(apply(states, two))
+    ends = [settle(*side[:1], side[2], side[1], limits)[0] for side in sides]
+    assert cached_bytes(ends[0]) <= cached_bytes(ends[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(states_of(), st.lists(memories, min_size=1, max_size=12), bounds)
+def test_a_recorded_trace_replays(states, looks, limits) -> None:
+    lines, state = [], GovernorState()
+    for step, facts in enumerate(looks):
+        decision = revise(states, replace(facts, number=step), state, limits)
+        lines.append(encode(step, states, replace(facts, number=step), state, limits, decision))
+        states, state = apply(states, decision), decision.state
+    replayed = list(replay(lines))
+    assert [item.step for item in replayed] == list(range(len(looks)))
+    assert all(item.same for item in replayed)
+
+
+def test_a_replay_sees_another_decision() -> None:
+    """So it is no comparison of a thing with itself."""
+    states = tensors([32] * 16)
+    facts = replace(FACTS, room=256 * MIB)
+    decision = revise(states, facts, GovernorState(), LIMITS)
+    line = encode(0, states, facts, GovernorState(), LIMITS, decision)
+    assert not next(replay([line.replace(f'"room":{256 * MIB}', f'"room":{400 * MIB}')])).same
+    with pytest.raises(ConfigError, match="line 2"):
+        list(replay([line, "{}"]))
