@@ -46,6 +46,7 @@ class FlexGenCache(RowsCache):
         self.files = {key: self._make_file(spec, folder) for key, spec in self.specs.items()}
         self._copiers = ThreadPoolExecutor(COPY_THREADS, "copy")
         self._thread = threading.local()
+        self._opening = threading.Lock()
         self._working = [self._buffers() for _ in range(2)]  # this layer's and the next one's
         self._jobs: list[Future[None]] = []
         self._spans: list[tuple[float, float]] = []
@@ -136,13 +137,19 @@ class FlexGenCache(RowsCache):
 
     def _copy_in(self, file: Path, out: torch.Tensor) -> None:
         begun = time.perf_counter()
-        mapped = torch.from_numpy(np.lib.format.open_memmap(file, mode="r+"))
+        mapped = self._open(file)
         self._relayed(mapped[: len(out)], out)
         self._spans.append((begun, time.perf_counter()))
 
     def _copy_out(self, file: Path, rows: torch.Tensor, at: int) -> None:
-        mapped = torch.from_numpy(np.lib.format.open_memmap(file, mode="r+"))
+        mapped = self._open(file)
         self._relayed(rows, mapped[at : at + len(rows)])
+
+    def _open(self, file: Path) -> torch.Tensor:
+        """One at a time: NumPy parses the header with ast, which fails at random when threads of a Python
+        3.11 do so at once (SystemError: AST constructor recursion depth mismatch)."""
+        with self._opening:
+            return torch.from_numpy(np.lib.format.open_memmap(file, mode="r+"))
 
     @torch.inference_mode()
     def _relayed(self, source: torch.Tensor, out: torch.Tensor) -> None:
@@ -169,7 +176,7 @@ class FlexGenCache(RowsCache):
         """All rows of one tensor as they are on the disk, [batch, KV head, tokens, head_dim]."""
         self.sync()
         spec = self.specs[key]
-        mapped = torch.from_numpy(np.lib.format.open_memmap(self.files[key], mode="r+"))
+        mapped = self._open(self.files[key])
         return as_heads(mapped[: self.tokens[key.layer]].view(self.dtype), spec.batch)
 
     def close(self) -> None:
