@@ -166,8 +166,13 @@ class LiveGovernor:
 
     def _facts(self, number: int, seen: Look, states: Sequence[TensorState]) -> Facts:
         snapshot, budget = seen.snapshot, self._budget
-        # A large folio that was dropped in part stays whole, and counts.
-        waste = seen.pages.cached - sum(state.cached_written * state.block_bytes for state in states)
+        # A large folio that was dropped in part stays whole, and counts; what is read in place may be in
+        # memory before it is written.
+        ours = sum(
+            (state.cached if self.tensors[state.key].mapped else state.cached_written) * state.block_bytes
+            for state in states
+        )
+        waste = seen.pages.cached - ours
         held = snapshot.process_anon + snapshot.process_hugetlb + budget.mapped + max(0, waste)
         footprint = budget.footprint
         to_take = max(footprint.reserve_bytes, footprint.total - held)
