@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dualblade.cli.bench_step import step
+from dualblade.cli.bench_sweep import sweep
 from dualblade.cli.output import console, emit, json_option, table
 from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
@@ -26,6 +27,7 @@ def bench() -> None:
 
 
 bench.add_command(step)
+bench.add_command(sweep)
 
 
 @bench.command(epilog="Example: dualblade-spdk bench io --size 1G --rounds 5")

@@ -60,16 +60,17 @@ static void busy_end(glue_queue *queue, int op, uint64_t bytes)
     stats->commands++;
     if (queue->in_flight + 1 > stats->max_in_flight)
         stats->max_in_flight = queue->in_flight + 1;
-    if (!queue->in_flight)
-        stats->busy_ns += now - queue->busy_since;
+    /* at every end: a queue that is never idle must count, too */
+    stats->busy_ns += now - queue->busy_since;
+    queue->busy_since = now;
     if (op == GLUE_READ) {
         stats->read_bytes += bytes;
-        if (!queue->reads_in_flight)
-            stats->read_busy_ns += now - queue->read_since;
+        stats->read_busy_ns += now - queue->read_since;
+        queue->read_since = now;
     } else if (op == GLUE_WRITE) {
         stats->write_bytes += bytes;
-        if (!queue->writes_in_flight)
-            stats->write_busy_ns += now - queue->write_since;
+        stats->write_busy_ns += now - queue->write_since;
+        queue->write_since = now;
     }
     pthread_mutex_unlock(&queue->lock);
 }

@@ -345,3 +345,22 @@ def test_two_queues_on_one_file_see_each_other(tmp_path: Path, regions) -> None:
             array(region)[:] = number
             one.run(WRITE, [plain(0, region.address, PAGE)])
             assert np.frombuffer(read_back(other, 0, PAGE), np.uint8).max() == number
+
+
+# statistics ---------------------------------------------------------------------------------
+
+
+def test_a_queue_that_is_never_idle_counts_its_busy_time(regions) -> None:
+    region = regions(8 * PAGE)
+    with Queue.memory(CAPACITY, QueueOptions(queue_depth=2, command_bytes=PAGE), SLOW) as queue:
+        tags = [queue.submit(READ, [plain(n * PAGE, region.address + n * PAGE, PAGE)]) for n in range(8)]
+        for tag in tags[:6]:
+            queue.wait(tag)
+        stats = queue.stats()
+        for tag in tags[6:]:
+            queue.wait(tag)
+        ended = queue.stats()
+    assert stats.read_busy_s >= 0.05, "three pairs of 20 ms each, and the fourth under way"
+    assert stats.busy_s == stats.read_busy_s
+    assert stats.write_busy_s == 0
+    assert ended.read_busy_s > stats.read_busy_s

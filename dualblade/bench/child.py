@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of one trial: `python -m dualblade.bench.child`, a Trial as JSON on stdin.
+
+On stdout a JSON object a line: {"token": n} as tokens come, at the end {"record"} or {"error", "hint"}. It
+enters its memory cgroup before it loads anything, so that all it takes is charged there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from dualblade.bench.limit import adopt
+from dualblade.errors import DualBladeError
+
+
+def say(**words: Any) -> None:
+    print(json.dumps(words), flush=True)
+
+
+def main() -> int:
+    plain = json.load(sys.stdin)
+    if plain["cgroup"]:
+        adopt(plain["cgroup"]).enter()
+    from dualblade.bench.trial import Trial, run_trial
+    from dualblade.models import quiet_libraries
+
+    quiet_libraries()
+    try:
+        say(record=run_trial(Trial.of(plain), lambda count: say(token=count)))
+    except DualBladeError as error:
+        say(error=error.message, hint=error.hint)
+        return error.exit_code
+    except OSError as error:
+        say(error=f"{type(error).__name__}: {error}", hint=None)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From single runs to rows: medians with their spread, ratios within rounds, bounds. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from dualblade.units import GIB
+
+Run = Mapping[str, Any]
+RESAMPLES = 10_000
+ENOUGH_ROUNDS = 7  # fewer say nothing about 95 %
+REFERENCE = "flexgen"
+
+
+class Limit(Protocol):
+    """GiB/s of the drive."""
+
+    @property
+    def read(self) -> float: ...
+    @property
+    def write(self) -> float: ...
+
+
+def summarise(
+    kv_bytes: int, runs: Sequence[Run], limits: Sequence[Limit], computes: Sequence[Run]
+) -> dict[str, Any]:
+    """Rows, one a budget and baseline, and what holds for all of them."""
+    common = {
+        "compute_s_per_token": median(computes, "decode_s_per_token"),
+        "compute_prefill_s": median(computes, "prefill_s"),
+        "ssd_limit_gib_s": statistics.median(limit.read for limit in limits) if limits else None,
+        "ssd_write_limit_gib_s": statistics.median(limit.write for limit in limits) if limits else None,
+    }
+    exact = reference_digests(runs)
+    rows = [_row(kv_bytes, group, limits, common, exact) for group in _groups(runs).values()]
+    _add_ratios(rows, runs)
+    return common | {
+        "limits": [{"read_gib_s": limit.read, "write_gib_s": limit.write} for limit in limits],
+        "rows": rows,
+        "runs": [dict(run) for run in runs],
+        "computes": [dict(run) for run in computes],
+    }
+
+
+def _groups(runs: Sequence[Run]) -> dict[tuple[int, str], list[Run]]:
+    groups: dict[tuple[int, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run["budget_bytes"], run["baseline"]), []).append(run)
+    return groups
+
+
+def median(runs: Sequence[Run], name: str) -> float | None:
+    """Of what was measured; None where nothing was."""
+    values = [run[name] for run in runs if run.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def spread(runs: Sequence[Run], name: str) -> list[float]:
+    """The smallest and the largest."""
+    values = [run[name] for run in runs]
+    return [min(values), max(values)]
+
+
+def peak(run: Run) -> int:
+    """What the kernel has charged, where it tells, and the hugepages, which it does not charge; else what was
+    sampled. A sample adds up what was looked at one after the other, so it may be a little too high."""
+    charged = run["cgroup_peak_bytes"]
+    return int(run["peak_bytes"] if charged is None else charged + run["hugetlb_bytes"])
+
+
+def reference_digests(runs: Sequence[Run]) -> dict[str, Any]:
+    """The logits and the KV that all runs must have: of transformers' own where it ran, else of most."""
+    own = [run for run in runs if run["baseline"] in ("in-memory", "hf-offloaded")] or runs
+    return {
+        name: Counter(run[name] for run in own).most_common(1)[0][0] if own else None
+        for name in ("logits_digest", "kv_digest")
+    }
+
+
+def _row(
+    kv_bytes: int,
+    runs: Sequence[Run],
+    limits: Sequence[Limit],
+    common: Mapping[str, Any],
+    exact: Mapping[str, Any],
+) -> dict[str, Any]:
+    first = runs[0]
+    uncached = max(0, round(kv_bytes * (1 - first["fraction"])))
+    return {
+        "baseline": first["baseline"],
+        "budget_fraction": first["fraction"],
+        "budget_bytes": first["budget_bytes"],
+        "kv_bytes": kv_bytes,
+        "rounds": len(runs),
+        "prefill_s": median(runs, "prefill_s"),
+        "prefill_spread_s": spread(runs, "prefill_s"),
+        "decode_s_per_token": median(runs, "decode_s_per_token"),
+        "decode_spread_s": spread(runs, "decode_s_per_token"),
+        "read_bytes_per_token": median(runs, "read_bytes_per_token"),
+        "read_gib_s": median([_speed(run) for run in runs], "read_gib_s"),
+        "ssd_utilisation": median([_speed(run, limits) for run in runs], "ssd_utilisation"),
+        "peak_bytes": max(peak(run) for run in runs),
+        "sampled_peak_bytes": max(run["peak_bytes"] for run in runs),
+        "verified": all(run[name] == value for run in runs for name, value in exact.items()),
+        "facts": first["facts"],
+        **common,
+        **_bounds(kv_bytes, uncached, median(runs, "prefill_s"), median(runs, "decode_s_per_token"), common),
+    }
+
+
+def _speed(run: Run, limits: Sequence[Limit] = ()) -> dict[str, float | None]:
+    """While reads were under way, also as a part of the same round's limit. None where nothing was read."""
+    read, busy = run["read_bytes_per_token"], run["read_busy_s_per_token"]
+    if not read or not busy:
+        return {"read_gib_s": None, "ssd_utilisation": None}
+    speed = read / GIB / busy
+    limit = limits[run["round"]].read if limits else None
+    return {"read_gib_s": speed, "ssd_utilisation": speed / limit if limit else None}
+
+
+def _bounds(
+    kv_bytes: int, uncached: int, prefill: float | None, decode: float | None, common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """No system that is exact can be faster: it computes, and reads what the budget cannot hold."""
+    if decode is None or prefill is None or not common["ssd_limit_gib_s"]:
+        return {}
+    bound = max(common["compute_s_per_token"], uncached / GIB / common["ssd_limit_gib_s"])
+    writing = kv_bytes / GIB / common["ssd_write_limit_gib_s"]
+    prefill_bound = max(common["compute_prefill_s"], writing)
+    return {
+        "uncached_bytes": uncached,
+        "bound_s_per_token": bound,
+        "decode_vs_bound": decode / bound,
+        "prefill_bound_s": prefill_bound,
+        "prefill_vs_bound": prefill / prefill_bound,
+    }
+
+
+# ratios -------------------------------------------------------------------------------------
+
+
+def _add_ratios(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> None:
+    groups = _groups(runs)
+    for row in rows:
+        beside = [
+            other for other in rows if other["budget_bytes"] == row["budget_bytes"] and other is not row
+        ]
+        mine = groups[row["budget_bytes"], row["baseline"]]
+        for other in beside:
+            if other["baseline"] == REFERENCE:
+                theirs = groups[other["budget_bytes"], REFERENCE]
+                row["decode_vs_flexgen"] = paired_ratio(mine, theirs, "decode_s_per_token")
+                row["prefill_vs_flexgen"] = paired_ratio(mine, theirs, "prefill_s")
+        if beside:
+            best = min(beside, key=lambda other: float(other["decode_s_per_token"]))
+            theirs = groups[best["budget_bytes"], best["baseline"]]
+            row["decode_vs_best_other"] = paired_ratio(mine, theirs, "decode_s_per_token") | {
+                "baseline": best["baseline"]
+            }
+
+
+def paired_ratio(mine: Sequence[Run], theirs: Sequence[Run], name: str) -> dict[str, float | None]:
+    """The median of mine / theirs within each round that has both, and from seven rounds on the 95 %
+    bootstrap bounds of that median."""
+    other = {run["round"]: run[name] for run in theirs}
+    ratios = [run[name] / other[run["round"]] for run in mine if run["round"] in other]
+    if not ratios:
+        return {"ratio": None, "low": None, "high": None}
+    low, high = bootstrap(ratios) if len(ratios) >= ENOUGH_ROUNDS else (None, None)
+    return {"ratio": statistics.median(ratios), "low": low, "high": high}
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % bounds of the median, from resampled rounds; the same for the same values."""
+    random = np.random.default_rng(seed)
+    samples = random.choice(np.asarray(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
+    return float(low), float(high)

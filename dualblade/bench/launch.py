@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the process of one trial and listens to it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import IO, Any
+
+from dualblade.bench.trial import Trial
+from dualblade.config import child_environment
+from dualblade.errors import DualBladeError
+
+_CHILD = [sys.executable, "-m", "dualblade.bench.child"]
+
+
+class ChildFailed(DualBladeError):
+    """A trial that gave no record, and why, in one line."""
+
+
+def run_child(trial: Trial, on_token: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    """The trial's record. on_token(n) is called when the n-th token is there. Raises ChildFailed."""
+    with tempfile.TemporaryFile("w+") as talk:
+        # threads that wait for each other asleep: the I/O needs the CPUs that spinning would take
+        environment = child_environment(OMP_WAIT_POLICY="passive")
+        child = subprocess.Popen(
+            _CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=talk, text=True, env=environment
+        )
+        try:
+            last = _listen(child, trial, on_token)
+        finally:
+            child.kill()  # after Ctrl-C; one that has ended feels nothing
+            status = child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe:
+                    pipe.close()
+        if "record" in last:
+            record: dict[str, Any] = last["record"]
+            return record
+        raise ChildFailed(last.get("error") or _why(status, talk), last.get("hint"))
+
+
+def _listen(child: subprocess.Popen[str], trial: Trial, on_token: Callable[[int], None]) -> dict[str, Any]:
+    """The last thing it said."""
+    assert child.stdin
+    assert child.stdout
+    try:
+        json.dump(trial.plain(), child.stdin)
+        child.stdin.close()
+    except BrokenPipeError:
+        return {}
+    last: dict[str, Any] = {}
+    for line in child.stdout:
+        last = json.loads(line)
+        if "token" in last:
+            on_token(last["token"])
+    return last
+
+
+def _why(status: int, talk: IO[str]) -> str:
+    if status == -signal.SIGKILL:
+        return "it was killed: its memory cgroup was full"
+    talk.seek(0)
+    said = [line.strip() for line in talk if line.strip()]
+    return said[-1] if said else f"it ended with status {status} and said nothing"

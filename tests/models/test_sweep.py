@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench sweep` from end to end, on the tiny model: its record, its files, its refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualblade.bench import trial as trials
+from dualblade.bench.baselines import BASELINES
+from dualblade.bench.launch import ChildFailed, run_child
+from dualblade.bench.sweep import Sweep, SweepBench, rotated, why_not
+from dualblade.bench.trial import Trial, run_trial
+from dualblade.bench.workloads import Budget, Need, Workload, measure_need, read_budgets
+from dualblade.cli.main import main
+from dualblade.errors import UsageError
+from dualblade.units import GIB, MIB
+
+SMALL = ["--model", "tiny", "--context", "300", "--new-tokens", "3", "--keep-caches"]
+WORKLOAD = Workload("tiny", context=300, new_tokens=3)
+ROW = {
+    "baseline", "budget_bytes", "kv_bytes", "prefill_s", "decode_s_per_token", "compute_s_per_token",
+    "read_gib_s", "ssd_utilisation", "peak_bytes",
+}  # fmt: skip
+
+
+def sweep(folder: Path, *words: str) -> int:
+    return main(["bench", "sweep", *SMALL, "--cache-dir", str(folder), *words])
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_two_baselines_in_two_budgets(direct_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, out = direct_dir / "cache", direct_dir / "out"
+    words = ["--budgets", "0.5,1.25", "--baselines", "flexgen,dual", "--rounds", "1", "--out", str(out)]
+    assert sweep(cache, *words, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["rows"]) == 4
+    assert record["ssd_limit_gib_s"] > 0
+    for row in record["rows"]:
+        assert row.keys() >= ROW
+        assert row["verified"] is True
+        assert row["prefill_s"] > 0 < row["decode_s_per_token"]
+        assert row["budget_bytes"] == record["need"]["base"] + int(row["budget_fraction"] * row["kv_bytes"])
+        assert row["peak_bytes"] < row["budget_bytes"]
+    assert [run["baseline"] for run in record["runs"]] == 2 * ["flexgen", "dual"]
+    assert list(cache.iterdir()) == [], "nothing is left behind"
+    _check_files(record, out)
+
+
+def _check_files(record: dict[str, Any], out: Path) -> None:
+    """The report shows what was measured, and needs no other file."""
+    assert json.loads((out / "results.json").read_text())["rows"] == record["rows"]
+    html, text = (out / "report.html").read_text(), (out / "results.md").read_text()
+    for row in record["rows"]:
+        assert f"<td>{row['prefill_s']:.2f}</td>" in html
+        assert f"| {row['decode_s_per_token']:.3f} |" in text
+    for name in re.findall(r"\]\((.*?\.png)\)", text):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert html.count("data:image/png;base64,") == len(list(out.glob("*.png"))) >= 2
+    assert "four copy threads" in html
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_the_table_and_what_was_left_out(direct_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--budgets", "0", "--baselines", "direct,in-memory", "--rounds", "1", "--no-enforce"]
+    assert sweep(direct_dir, *words) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^0\.00 +direct ", shown, re.MULTILINE)
+    assert "left out: in-memory at 0.00: all KV in memory takes" in shown
+    assert "budgets were not enforced: asked for by --no-enforce" in shown
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_a_volume_of_the_users_is_used_and_left_clean(
+    direct_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = direct_dir / "drive.kv"
+    assert main(["volume", "create", str(target), "--capacity", "256M"]) == 0
+    words = ["--nvme", str(target), "--budgets", "0.5", "--baselines", "direct-qd1,direct", "--rounds", "1"]
+    assert sweep(direct_dir, *words) == 0
+    capsys.readouterr()
+    assert main(["volume", "check", str(target), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["extents"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message", "hint"),
+    [
+        (["--baselines", "flexgn"], 2, "no such baseline: 'flexgn'", "did you mean 'flexgen'?"),
+        (["--budgets", "64M"], 1, "a budget of 64 MiB is too small", "pass --budgets 0.25, or "),
+        (["--budgets", "90T"], 1, "more than the", "lower --budgets"),
+        (["--budgets", "half"], 2, "budget 'half' is not a size", "write a number"),
+        (["--budgets", "-1"], 2, "a budget of -1 times the KV bytes makes no sense", "write e.g. 0.5"),
+        (["--model", "nonesuch"], 1, "unknown model 'nonesuch'", "aliases: "),
+        (["--context", "99999999"], 1, "a context of", "shorten the prompt"),
+    ],
+)
+def test_refusals_are_one_line_and_a_hint(
+    words: list[str], code: int, message: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(tmp_path, *words) == code
+    streams = capsys.readouterr()
+    said = streams.err.splitlines()
+    assert said[-2].startswith("error: ")
+    assert message in said[-2]
+    assert said[-1].startswith(f"hint: {hint}")
+    assert streams.out == ""
+
+
+def test_no_space(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualblade.target_files.room", lambda folder: (3 * GIB, 3 * GIB - MIB))
+    assert sweep(tmp_path, "--budgets", "0.5") == 1
+    assert "error: no room for" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_other_numbers_than_the_rest_are_an_error(
+    direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that gives other rows than it should: its process is this one, so that it can be spoilt."""
+
+    def spoilt(trial: Trial, *_: Any) -> dict[str, Any]:
+        made = run_trial(trial, lambda count: None)
+        return made | ({"kv_digest": "0"} if trial.baseline == "direct-qd1" else {})
+
+    monkeypatch.setattr("dualblade.bench.sweep.run_child", spoilt)
+    words = [
+        "--budgets",
+        "0.5",
+        "--baselines",
+        "direct,direct-qd1,page-cache",
+        "--rounds",
+        "1",
+        "--no-enforce",
+    ]
+    assert sweep(direct_dir, *words) == 1
+    streams = capsys.readouterr()
+    assert "error: other logits or KV bytes than the rest: direct-qd1" in streams.err
+    assert " NO" in streams.out
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_a_run_that_fails_is_told_and_the_rest_goes_on(
+    direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(trial: Trial, *_: Any) -> dict[str, Any]:
+        if trial.baseline == "flexgen":
+            raise ChildFailed("it was killed")
+        return run_trial(trial, lambda count: None)
+
+    monkeypatch.setattr("dualblade.bench.sweep.run_child", failing)
+    words = ["--budgets", "0.5", "--baselines", "flexgen,direct", "--rounds", "1", "--no-enforce", "--json"]
+    assert sweep(direct_dir, *words) == 1
+    streams = capsys.readouterr()
+    record = json.loads(streams.out)
+    assert [row["baseline"] for row in record["rows"]] == ["direct"]
+    assert record["failures"][0]["reason"] == "it was killed"
+    assert "error: 1 runs failed, first flexgen at 0.50: it was killed" in streams.err
+
+
+# children -----------------------------------------------------------------------------------
+
+
+def trial_in(folder: Path, **more: Any) -> Trial:
+    need = measure_need(WORKLOAD, 300 * MIB)
+    return Trial(
+        **{"baseline": "dual", "workload": WORKLOAD, "need": need, "budget": GIB, "folder": str(folder)}
+        | more
+    )
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_a_child_tells_each_token(direct_dir: Path) -> None:
+    tokens: list[int] = []
+    record = run_child(trial_in(direct_dir), tokens.append)
+    assert tokens == [1, 2, 3]
+    assert len(record["steps_s"]) == 2
+    assert record["decode_s_per_token"] == pytest.approx(sum(record["steps_s"]) / 2)
+
+
+def test_a_child_that_is_refused_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailed, match="a memory budget of 1 MiB is too small"):
+        run_child(trial_in(tmp_path, budget=MIB))
+
+
+def test_a_child_that_breaks_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailed, match="FileNotFoundError"):
+        run_child(trial_in(tmp_path, cgroup="/nonesuch"))
+
+
+def test_a_trial_crosses_the_border(tmp_path: Path) -> None:
+    trial = trial_in(tmp_path)
+    assert Trial.of(json.loads(json.dumps(trial.plain()))) == trial
+    assert trials.NOTHING.bytes is None
+
+
+# plans --------------------------------------------------------------------------------------
+
+NEED = Need(weights=100, runtime=1000, activations=10, staging=40, kv=160)
+
+
+def test_a_budget_is_the_base_and_a_part_of_the_kv() -> None:
+    need = Need(weights=GIB, runtime=GIB, activations=0, staging=GIB, kv=4 * GIB)
+    assert read_budgets("0.25,1, 5G", need) == [
+        Budget(0.25, 4 * GIB),
+        Budget(1.0, 7 * GIB),
+        Budget(0.5, 5 * GIB),
+    ]
+    with pytest.raises(UsageError):
+        read_budgets("0.5,", need)
+
+
+def test_what_needs_all_kv_in_memory_runs_where_it_fits() -> None:
+    assert why_not("in-memory", Budget(1.0, NEED.base + 160), NEED) is None
+    assert why_not("in-memory", Budget(0.75, NEED.base + 120), NEED)
+    assert why_not("dual", Budget(0.0, NEED.base), NEED) is None
+
+
+def test_every_round_begins_with_another_baseline() -> None:
+    names = list(BASELINES)
+    assert {rotated(names, number)[0] for number in range(len(names))} == set(names)
+    assert all(sorted(rotated(names, number)) == sorted(names) for number in range(9))
+
+
+def test_the_base_holds_what_a_process_takes() -> None:
+    made = Sweep(SweepBench(WORKLOAD, Path("unused"), "0"), lambda text: None)
+    assert made.need.base > 200 * MIB
+    assert made.need.staging <= made.need.kv
