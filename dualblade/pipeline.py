@@ -57,7 +57,8 @@ class PipelinePlan:
 def plan_pipeline(
     num_layers: int, slot_bytes: int, available: int, wanted: int | None = None
 ) -> PipelinePlan:
-    """As far ahead as a third of `available` bytes allows, at least nothing ahead (two slots).
+    """As far ahead as a third of `available` bytes allows, and one layer wherever it fits: what travels while
+    the other computes is worth more than what its slots would cache. At least nothing ahead (two slots).
 
     Raises BudgetError where not even one layer fits.
     """
@@ -68,11 +69,10 @@ def plan_pipeline(
             f"and the budget leaves {format_size(max(0, available))}",
             "raise --mem-budget, or lower the context or the batch",
         )
-    most = min(MOST_AHEAD if wanted is None else wanted, max(0, num_layers - 1))
-    fits = (
-        available // layer_bytes - 1 if wanted is not None else available // STAGING_PART // layer_bytes - 1
-    )
-    depth = max(0, min(most, fits))
+    fits = available // layer_bytes - 1
+    if wanted is None:
+        wanted = max(1, min(MOST_AHEAD, available // STAGING_PART // layer_bytes - 1))
+    depth = min(wanted, num_layers - 1, fits)
     return PipelinePlan(depth, 2 * (depth + 1))
 
 
