@@ -35,7 +35,7 @@ test-full: setup setup-qemu ## the slow tests too
 test-qemu: setup setup-qemu ## the tests in a virtual machine with NVMe drives and an IOMMU
 	$(Q)REQUIRE=qemu $(PYTEST) -m "not soak" $(if $(T),$(T),tests/qemu)
 
-soak: setup ## SOAK_ROUNDS (1000) rounds of generation while an emulated controller fails at random
+soak: setup ## SOAK_ROUNDS (1000) with a controller that fails, SOAK_MINUTES (30) with a memory hog
 	$(Q)REQUIRE=spdk $(PYTEST) -m soak tests/soak
 
 bench: setup ## measure the engine on this machine

@@ -28,6 +28,10 @@ class ConfigError(DualBladeError):
     """The settings contradict each other, the model or the machine."""
 
 
+class EnforcementError(ConfigError):
+    """The memory budget cannot be enforced here, or not by this user."""
+
+
 class BudgetError(DualBladeError):
     """What is asked for does not fit the memory budget."""
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dualblade.attention import streams
 from dualblade.device import CpuDevice, leave_a_cpu
-from dualblade.errors import ConfigError, ModelError
+from dualblade.errors import ConfigError, EnforcementError, ModelError
 from dualblade.handles import StreamedRows
+from dualblade.host.budget_cgroup import BudgetCgroup
 from dualblade.layers import kv_specs, layer_shapes
 from dualblade.offload import Offload
 from dualblade.settings import CacheSettings
@@ -96,8 +99,10 @@ class DualBladeCache(Cache):
     mem_budget: host memory of the whole process. max_tokens and batch_size let everything be
     placed before the first token; without them tensors grow by contiguous segments. stream: "auto" where
     one layer's K and V do not fit the budget, "never" or "always"; it takes a model that was built with
-    attn_implementation="dualblade", and "auto" is "never" for any other. live: tensors change paths as the
-    memory changes; None: as the policy has it. settings: all of these at once,
+    attn_implementation="dualblade", and "auto" is "never" for any other. enforce: put the process in a
+    memory cgroup of mem_budget until the cache is closed; where that cannot be, a RuntimeWarning says why,
+    and the budget is kept by planning. live: tensors change paths as the memory changes; None: as the
+    policy has it. settings: all of these at once,
     already checked.
 
     Raises UsageError, ConfigError, BudgetError, TargetError, CapacityError.
@@ -121,6 +126,7 @@ class DualBladeCache(Cache):
         prefetch_depth: int | None = None,
         checksum: bool = False,
         stream: str = "auto",
+        enforce: bool = False,
         pipeline: str = "adaptive",
         live: bool | None = None,
         settings: CacheSettings | None = None,
@@ -145,6 +151,7 @@ class DualBladeCache(Cache):
         self._max_tokens = max_tokens
         self._storage: Offload | None = None
         self._spared = ExitStack()
+        self._cgroup = self._enforced() if enforce else None
         self._device: CpuDevice | None = None
         self._batch = 0
         shapes = layer_shapes(config)
@@ -156,9 +163,30 @@ class DualBladeCache(Cache):
         )
         known = dtype or getattr(config.get_text_config(decoder=True), "dtype", None)
         if max_tokens and batch_size and isinstance(known, torch.dtype):
-            self._open(kv_specs(config, batch_size, max_tokens, known.itemsize), known)
+            try:
+                self._open(kv_specs(config, batch_size, max_tokens, known.itemsize), known)
+            except BaseException:
+                self._leave_cgroup()
+                raise
 
     # set-up ---------------------------------------------------------------------------------
+
+    def _enforced(self) -> BudgetCgroup | None:
+        """The cgroup that the process is in from now on; None where there is none, which a warning says."""
+        try:
+            cgroup = BudgetCgroup.held_to(self.settings.budget)
+        except EnforcementError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            warnings.warn(f"the memory budget is not enforced: {error}{hint}", RuntimeWarning, stacklevel=3)
+            return None
+        self.settings = replace(self.settings, cgroup=cgroup)
+        return cgroup
+
+    def _leave_cgroup(self) -> None:
+        cgroup, self._cgroup = self._cgroup, None
+        if cgroup:
+            cgroup.leave()
+            self.settings = replace(self.settings, cgroup=None)
 
     def prepare(self, rows: torch.Tensor) -> None:
         """Take rooms for tensors like `rows` [batch, KV head, tokens, head_dim], or check that they fit."""
@@ -292,8 +320,11 @@ class DualBladeCache(Cache):
         """Leave nothing behind: no file, no extent, no memory."""
         storage, self._storage = self._storage, None
         self._spared.close()
-        if storage:
-            storage.close()
+        try:
+            if storage:
+                storage.close()
+        finally:
+            self._leave_cgroup()
 
     def __enter__(self) -> DualBladeCache:
         return self

@@ -18,7 +18,7 @@ from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.pipeline import STORE_SLOTS, Mode
 from dualblade.planner import BudgetRequest, SegmentPlacer, make_plan
-from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
+from dualblade.residency import MemoryMeter, MemorySample, MemorySnapshot, take_snapshot
 from dualblade.scheduler import Scheduler
 from dualblade.settings import CacheSettings
 from dualblade.store import Device, KVStore
@@ -48,7 +48,7 @@ class Offload:
         self.note: str | None = None
         self.governor: LiveGovernor | None = None
         self.wear = WriteLimit(settings.write_cap) if settings.write_cap is not None else None
-        self.meter = MemoryMeter(self._cached_fds)
+        self.meter = MemoryMeter(self._cached_fds, observer=self._follow)
         try:
             self._open_paths(grows)
             self.placer = SegmentPlacer(self.plan)
@@ -167,6 +167,16 @@ class Offload:
         path = self.paths.get(PathKind.PAGE_CACHE)
         return list(path.fds) if isinstance(path, PageCachePath) else []
 
+    def _follow(self, sample: MemorySample) -> None:
+        if self.settings.cgroup:
+            self.settings.cgroup.follow(sample)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of what was sampled, with weights that are mapped, and what a cgroup counted."""
+        sampled = self.meter.peak_bytes + mapped_weights(Host())
+        return max(sampled, self.settings.cgroup.peak_bytes) if self.settings.cgroup else sampled
+
     @property
     def chunks(self) -> dict[int, int] | None:
         """Tokens of each layer's chunks where layers are streamed, else None."""
@@ -188,7 +198,9 @@ class Offload:
         return {
             "memory": {
                 "budget_bytes": self.settings.budget,
-                "peak_bytes": self.meter.peak_bytes + mapped_weights(Host()),
+                "peak_bytes": self.peak_bytes,
+                "enforced": self.settings.cgroup is not None,
+                "cgroup": self.settings.cgroup.record() if self.settings.cgroup else None,
                 "kv_bytes": store.kv_bytes,
                 "staging_bytes": store.staging_bytes,
                 "tail_bytes": store.tail_bytes,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
-from dualblade.host.cgroup import CgroupLevel, memory_cgroups, tightest
+from dualblade.host.cgroup import CgroupLevel, is_ours, memory_cgroups, tightest
 from dualblade.host.meminfo import machine_memory, process_memory
 from dualblade.host.sysfs import Host
 from spdk_glue import GlueError, cached_bytes
@@ -20,7 +20,7 @@ class MemorySnapshot:
     """One moment, in bytes.
 
     total, available: of the machine. cgroup_headroom: what the tightest memory cgroup still takes,
-    None without a limit; cgroup_limit: the file that sets it. process_anon: anonymous and shared
+    None without a limit; cgroup_limit: what sets it, for people. process_anon: anonymous and shared
     memory of this process, swapped-out parts included. process_hugetlb: hugepages it holds.
     cached: pages of our own files; `available` and the cgroup's headroom count them as free.
     """
@@ -58,11 +58,15 @@ def take_snapshot(
         total=machine.total,
         available=machine.available,
         cgroup_headroom=level.headroom if level else None,
-        cgroup_limit=f"{level.path}/{level.limit_file}" if level else None,
+        cgroup_limit=_limit_words(level) if level else None,
         process_anon=process.anon + process.shmem + process.swap,
         process_hugetlb=process.hugetlb,
         cached=sum(cached_bytes(fd) for fd in cached_fds),
     )
+
+
+def _limit_words(level: CgroupLevel) -> str:
+    return "the cgroup of --enforce" if is_ours(level.path) else f"{level.path}/{level.limit_file}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +88,22 @@ class MemoryMeter:
     """Keeps the peak of this process's memory, sampled by a thread of its own.
 
     fds: gives the descriptors of our cached files; it is called, and they are looked at, under
-    `closing`. interval_s: seconds between samples; the first is taken by `start`, the last by `stop`.
+    `closing`. observer: is given every sample. interval_s: seconds between samples; the first is taken by
+    `start`, the last by `stop`.
 
     closing: the lock to hold while one of the descriptors is closed and taken off the list, as long as
     the meter runs: a number that was closed and given out again would be another file.
     """
 
     def __init__(
-        self, fds: Callable[[], Iterable[int]] = tuple, interval_s: float = 0.1, host: Host | None = None
+        self,
+        fds: Callable[[], Iterable[int]] = tuple,
+        interval_s: float = 0.1,
+        host: Host | None = None,
+        observer: Callable[[MemorySample], None] = lambda sample: None,
     ):
         self.closing = threading.Lock()
+        self._observer = observer
         self._fds = fds
         self._interval_s = interval_s
         self._host = host or Host()
@@ -118,6 +128,7 @@ class MemoryMeter:
             cached = sum(_cached(fd) for fd in self._fds())
             taken = MemorySample(process.anon, process.shmem, process.swap, process.hugetlb, cached)
             self._peak = max(self._peak, taken, key=lambda sample: sample.total)
+        self._observer(taken)
         return taken
 
     def start(self) -> None:

@@ -140,6 +140,8 @@ class Session:
         """The record of `run --json`. Everything is reserved before the weights are loaded, so what
         cannot work is refused at once."""
         self.plan()
+        if self.settings.cgroup:  # not before: a budget that is too small is refused in words
+            self.settings.cgroup.limit(self.settings.budget)
         return_large_blocks()
         folder = None if self.dummy else self._weight_folder()
         nvme = self.settings.nvme
@@ -161,6 +163,9 @@ class Session:
             chunks = cache.storage.chunks
             device = {"device_bytes": device_bytes(cache.storage.plan)}
             record = self._record(result, text) | device | cache.report()
+        if self.settings.cgroup:
+            record["memory"]["cgroup"] = self.settings.cgroup.record(result.decode_s)
+            self.settings.cgroup.leave()  # the cache in memory, to verify with, is no part of the budget
         if self.options.verify:
             record["verified"] = self._verify(model, result, chunks)
         return record
@@ -190,6 +195,11 @@ class Session:
             if stream and ids[0] >= 0:
                 stream.push(ids[0])
 
+        def on_prefill(done: int, total: int) -> None:
+            if done == total and self.settings.cgroup and not quiet:
+                self.settings.cgroup.decode_begins()
+            watcher.prefill(done, total)
+
         eos = runner.end_tokens(model) if readable else frozenset()
         generation = runner.Generation(
             model,
@@ -199,7 +209,7 @@ class Session:
             eos,
             self.prefill.chunk,
             self.prefill.span,
-            watcher.prefill,
+            on_prefill,
             on_token,
         )
         result = generation.run(self.options.max_new_tokens)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dualblade.config import default_cache_dir
 from dualblade.errors import UsageError
+from dualblade.host.budget_cgroup import BudgetCgroup
 from dualblade.pipeline import Mode
 from dualblade.planner import DEFAULT_POLICY
 from dualblade.tensors import PathKind
@@ -34,7 +35,8 @@ class CacheSettings:
     weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
     its K and V do not fit the budget. pipeline: what may travel while a layer computes. live: tensors change
     paths as the memory changes. write_cap: bytes that may be written in all, or None. governor_trace: a file
-    for the governor's decisions."""
+    for the governor's decisions. cgroup: the one that holds this process to the budget, None where nothing
+    does; whoever entered it leaves it."""
 
     nvme: str | None
     budget: int
@@ -54,6 +56,7 @@ class CacheSettings:
     write_cap: int | None = None
     governor_trace: Path | None = None
     timeout_s: float = 60.0
+    cgroup: BudgetCgroup | None = None
 
     @classmethod
     def checked(

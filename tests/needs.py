@@ -135,6 +135,19 @@ def _hugepage_pool() -> str | None:
     return None
 
 
+def _cgroup_v1() -> str | None:
+    """A v1 memory cgroup that this process may divide."""
+    from dualblade.errors import DualBladeError
+    from dualblade.host.enforce import find_way
+    from dualblade.host.sysfs import Host
+
+    try:
+        version = find_way(Host()).own.version
+    except DualBladeError as error:
+        return error.message
+    return None if version == 1 else f"the memory cgroups of this machine are v{version}"
+
+
 def _loop() -> str | None:
     """Can a file be made a block device?"""
     if os.geteuid() != 0:
@@ -155,6 +168,13 @@ def _loop() -> str | None:
 
 def _program(name: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"{name} is not in PATH"
+
+
+def _systemd() -> str | None:
+    """Its programs, which need not be this machine's first process."""
+    if not Path("/lib/systemd/systemd").exists():
+        return "/lib/systemd/systemd is not here"
+    return _program("systemd-run")()
 
 
 def _qemu() -> str | None:
@@ -179,9 +199,11 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "hugepages": _hugepages,
     "hugepage_pool": _hugepage_pool,
+    "cgroup_v1": _cgroup_v1,
     "loop": _loop,
     "nvmf_tgt": _nvmf_tgt,
     "spdk": _spdk,
+    "systemd": _systemd,
     "qemu": _qemu,
     "gpu": _gpu,
 }

@@ -89,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     debug, words = _take_debug(words)
     try:
-        return _run(words)
+        return _run(words, whole_process=args is None)
     except DualBladeError as error:
         _complain(error.message, error.hint)
         return error.exit_code
@@ -105,9 +105,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _internal(error, debug)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], whole_process: bool) -> int:
+    """whole_process: nothing else runs in it, and a command may start it anew."""
     try:
-        with cli.make_context(PROGRAM, words) as ctx:
+        with cli.make_context(PROGRAM, words, obj={"whole_process": whole_process}) as ctx:
             cli.invoke(ctx)
     except click.exceptions.Exit as done:
         return done.exit_code

@@ -7,12 +7,14 @@ import errno
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dualblade.cli.enforcement import Enforcement, enforcement_line
 from dualblade.cli.options import model_options, settings_from
 from dualblade.cli.output import console, describe_device, emit, json_option
 from dualblade.errors import ConfigError, UsageError
@@ -40,21 +42,26 @@ from dualblade.units import format_size
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON record here too."
 )
-@click.option("--enforce/--no-enforce", default=False, hidden=True)
+@click.option(
+    "--enforce/--no-enforce",
+    default=False,
+    show_default=True,
+    help="Put the process under a memory cgroup of the budget.",
+)
 @json_option
-def run(as_json: bool, report: Path | None, **options: Any) -> None:
+@click.pass_obj
+def run(obj: dict[str, Any], as_json: bool, report: Path | None, enforce: bool, **options: Any) -> None:
     """Generate text with the KV cache offloaded."""
-    if options.pop("enforce"):
-        raise UsageError(
-            "this version keeps to the budget by planning and cannot enforce it",
-            "systemd-run --scope -p MemoryMax=6G dualblade-spdk run ... does",
-        )
     if options["device"] == "cuda":
         raise UsageError("this version computes on the CPU only", "leave --device out")
     _one_prompt(options)
     if report:
         _check_report(report)
-    record = _generate(_run_options(options), show_text=not as_json)
+    settings = settings_from(options)
+    with Enforcement(enforce, settings.budget, obj["whole_process"]) as enforcement:
+        settings = replace(settings, cgroup=enforcement.cgroup)
+        record = _generate(_run_options(options, settings), show_text=not as_json)
+        record["memory"]["advisory"] = enforcement.advisory
     if report:
         report.write_text(json.dumps(record, indent=2) + "\n")
     emit(record, as_json, lambda _: None)
@@ -85,8 +92,7 @@ def _one_prompt(options: dict[str, Any]) -> None:
         raise UsageError("random tokens are no chat", "leave out --chat or --prompt-len")
 
 
-def _run_options(options: dict[str, Any]) -> Any:
-    settings = settings_from(options)
+def _run_options(options: dict[str, Any], settings: Any) -> Any:
     from dualblade.models import quiet_libraries
     from dualblade.runner import Sampling
     from dualblade.session import RunOptions
@@ -199,6 +205,7 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
         f"waited for storage {pipeline['stall_s']:.2f} s",
         f"memory peak {format_size(memory['peak_bytes'])} of {format_size(memory['budget_bytes'])}, "
         f"page-cache share {format_size(memory['page_cache_share_bytes'])}",
+        *enforcement_line(memory),
         f"direct path: {direct['engine']}, {direct['target']}"
         if direct["tensors"]
         else "direct path: not needed",

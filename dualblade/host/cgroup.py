@@ -17,6 +17,7 @@ _CGROUP = "/proc/self/cgroup"
 _MOUNTINFO = "/proc/self/mountinfo"
 # v1 writes "no limit" as the largest multiple of the page size, which differs between machines
 _V1_UNLIMITED = 1 << 62
+OURS = re.compile(r"dualblade-([0-9]+)(\.scope)?")  # of a run, with its process's number
 _HINT = "make it readable, e.g. give the container a cgroup namespace and a cgroup mount of its own"
 
 
@@ -42,11 +43,23 @@ class CgroupLevel:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnCgroup:
+    """The memory cgroup that this process is in. version: 1 or 2. directory: its own; `top`: the
+    outermost that can be seen, which may be the same. hugetlb: hugepages are charged to it, too."""
+
+    version: int
+    directory: str
+    top: str
+    hugetlb: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class _Mount:
-    """root: the cgroup that is visible at the directory `point`."""
+    """root: the cgroup that is visible at the directory `point`. options: of the hierarchy."""
 
     root: str
     point: str
+    options: tuple[str, ...] = ()
 
 
 def memory_cgroups(host: Host) -> list[CgroupLevel]:
@@ -54,14 +67,32 @@ def memory_cgroups(host: Host) -> list[CgroupLevel]:
 
     Raises ConfigError where the process is in one whose files cannot be read.
     """
+    own = own_cgroup(host)
+    return [] if own is None else levels_of(host, own)
+
+
+def own_cgroup(host: Host) -> OwnCgroup | None:
+    """None where no cgroup with a memory controller is over this process. Raises ConfigError where its
+    directory is not to be seen."""
     membership = _membership(host)
     if membership is None:
-        return []
+        return None
     version, path = membership
     point, directory = _locate(host, version, path)
-    read = _v1_level if version == 1 else _v2_level
-    levels = (read(host, place) for place in _upwards(directory, point))
+    options = next((mount.options for mount in _mounts(host, version) if mount.point == point), ())
+    return OwnCgroup(version, directory, point, hugetlb="memory_hugetlb_accounting" in options)
+
+
+def levels_of(host: Host, own: OwnCgroup) -> list[CgroupLevel]:
+    """memory_cgroups(), for a process that is known to be in `own`."""
+    read = _v1_level if own.version == 1 else _v2_level
+    levels = (read(host, place) for place in _upwards(own.directory, own.top))
     return [level for level in levels if level is not None]
+
+
+def is_ours(directory: str) -> bool:
+    """Whether the cgroup was made by this program, to judge by its name."""
+    return OURS.fullmatch(directory.rpartition("/")[2]) is not None
 
 
 def tightest(levels: list[CgroupLevel]) -> CgroupLevel | None:
@@ -98,7 +129,7 @@ def _container_top(host: Host, version: int, path: str, mounts: list[_Mount]) ->
     seen, and a mount of another part (its root is not "/") has nothing to do with us.
     """
     for mount in mounts:
-        if mount.root == "/" and _below(path, "/") is not None and not _is_top(host, version, mount.point):
+        if mount.root == "/" and _below(path, "/") is not None and not is_top(host, version, mount.point):
             return mount.point
     where = "below no cgroup mount that is visible here"
     raise ConfigError(f"cannot read the memory cgroup {path} of this process: it is {where}", _HINT)
@@ -121,7 +152,7 @@ def _mounts(host: Host, version: int) -> list[_Mount]:
         v1 = kind[0] == "cgroup" and "memory" in kind[-1].split(",")
         if len(fields) > 4 and (v1 if version == 1 else kind[0] == "cgroup2"):
             root, point = _unescape(fields[3]), _unescape(fields[4])
-            by_point[point] = _Mount(root, point.rstrip("/"))
+            by_point[point] = _Mount(root, point.rstrip("/"), tuple(kind[-1].split(",")))
     return list(by_point.values())
 
 
@@ -137,7 +168,7 @@ def _upwards(directory: str, top: str) -> Iterator[str]:
     yield top
 
 
-def _is_top(host: Host, version: int, directory: str) -> bool:
+def is_top(host: Host, version: int, directory: str) -> bool:
     """Whether this is the top of the whole hierarchy: some files are only there, others never."""
     if version == 1:
         return host.exists(f"{directory}/release_agent")
@@ -147,7 +178,7 @@ def _is_top(host: Host, version: int, directory: str) -> bool:
 def _v2_level(host: Host, directory: str) -> CgroupLevel | None:
     """None where the memory controller does not act: it charges the next level that has it."""
     controllers = _read(host, f"{directory}/cgroup.controllers").split()
-    if "memory" not in controllers or _is_top(host, 2, directory):
+    if "memory" not in controllers or is_top(host, 2, directory):
         return None
     limits = {name: _bytes(host, f"{directory}/{name}") for name in ("memory.max", "memory.high")}
     usage = _number(host, f"{directory}/memory.current")
@@ -162,6 +193,8 @@ def _v1_level(host: Host, directory: str) -> CgroupLevel:
         "memory.limit_in_bytes": _bytes(host, f"{directory}/memory.limit_in_bytes"),
         "memory.stat": _v1_limit(stat.get("hierarchical_memory_limit", _V1_UNLIMITED)),
     }
+    if is_ours(directory):  # elsewhere it is a reservation, e.g. docker's
+        limits["memory.soft_limit_in_bytes"] = _bytes(host, f"{directory}/memory.soft_limit_in_bytes")
     usage = _number(host, f"{directory}/memory.usage_in_bytes")
     return _level(directory, limits, usage, _reclaimable(stat, "total_", "total_"))
 

@@ -56,7 +56,7 @@ def machine_checks(host: checks.Host = checks.HOST) -> list[Check]:
         drive_checks.vfio(host),
         *drive_checks.drives(host),
         checks.memory_cgroup(host),
-        surroundings.delegation(host),
+        surroundings.enforcement(host),
         checks.hugepages(host),
         checks.swap(host),
         software_checks.cuda(host),

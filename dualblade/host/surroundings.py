@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 
-from dualblade.errors import ConfigError
-from dualblade.host.cgroup import memory_cgroups
+from dualblade.errors import EnforcementError
 from dualblade.host.checks import HOST, OK, WARN, Check
 from dualblade.host.command import as_root
+from dualblade.host.enforce import find_way
 from dualblade.host.sysfs import Host
+from dualblade.host.systemd_scope import scope_possible
 
 _OVERLAY = re.compile(r"^\S+ \S+ \S+ \S+ / .* - (fuse-)?overlay", re.MULTILINE)
 _CONTAINER_PATHS = re.compile(r"docker|containerd|kubepods|libpod|lxc")
@@ -74,19 +74,12 @@ def container(host: Host = HOST) -> Check:
     )
 
 
-def delegation(host: Host = HOST) -> Check:
-    """Could this user make a memory cgroup below the present one?"""
+def enforcement(host: Host = HOST) -> Check:
+    """Would `run --enforce` find a memory cgroup for itself?"""
+    name = "budget enforcement"
     try:
-        levels = memory_cgroups(host)
-    except ConfigError:
-        return Check("cgroup delegation", OK, "no memory cgroup that can be read")
-    if not levels:
-        return Check("cgroup delegation", OK, "no memory cgroups here")
-    if os.access(host.path(levels[0].path), os.W_OK):
-        return Check("cgroup delegation", OK, f"{levels[0].path} is writable")
-    return Check(
-        "cgroup delegation",
-        WARN,
-        f"{levels[0].path} is not writable: the budget is kept by planning, nothing enforces it",
-        "systemd-run --user --scope -p MemoryMax=6G dualblade-spdk run ..., if it should be enforced",
-    )
+        return Check(name, OK, f"run --enforce works, in {find_way(host).words}")
+    except EnforcementError as error:
+        if scope_possible(host):
+            return Check(name, OK, "run --enforce works, in a systemd scope of its own")
+        return Check(name, WARN, f"run --enforce cannot, and goes on without: {error.message}", error.hint)

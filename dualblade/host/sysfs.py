@@ -99,6 +99,10 @@ class Host:
         """The user id."""
         return os.stat(self.path(path)).st_uid
 
+    def writable(self, path: str) -> bool:
+        """Whether this user may write there now; False where it is missing."""
+        return os.access(self.path(path), os.W_OK)
+
     def open(self, path: str, flags: int) -> int:
         """A file descriptor; the caller closes it. What it makes is its owner's alone."""
         return os.open(self.path(path), flags | os.O_CLOEXEC, 0o600)
@@ -150,6 +154,14 @@ class Host:
         if not folder.exists():
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o755)
+
+    def make_cgroup(self, path: str) -> None:
+        """One directory, whose files come with it."""
+        os.mkdir(self.path(path))
+
+    def remove_cgroup(self, path: str) -> None:
+        """One that no process is in, and no other cgroup."""
+        os.rmdir(self.path(path))
 
     def remove(self, path: str) -> None:
         """A file of ours, durably; none there is as well."""

@@ -218,7 +218,6 @@ def test_context_beyond_the_model(run) -> None:
 
 
 def test_what_this_version_lacks_is_said(run) -> None:
-    refused(run(*RUN, "--enforce"), 2, "cannot enforce")
     refused(run(*RUN, "--device", "cuda"), 2, "CPU only")
 
 

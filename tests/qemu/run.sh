@@ -4,7 +4,7 @@
 . /run/host/settings.sh # PYTHON REPO TOOLS LIMIT_S
 export PATH=/run/first:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/bin
 export HOME=/run/home TMPDIR=/run/tmp PYTHONDONTWRITEBYTECODE=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-export PYTHONPATH=$REPO/tests/qemu HF_HUB_OFFLINE=1
+export PYTHONPATH=$REPO/tests/qemu:$REPO/tests HF_HUB_OFFLINE=1
 
 /run/bin/busybox --install -s /run/bin
 mkdir -p "$HOME" "$TMPDIR" /var/tmp /run/first

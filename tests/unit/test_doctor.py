@@ -23,7 +23,7 @@ from dualblade.units import GIB, KIB, MIB
 NAMES = [
     "python", "engine", "io_uring", "memlock", "cache folder", "filesystem", "O_DIRECT", "free space",
     "kernel", "kernel features", "container", "iommu", "vfio-pci", "nvme", "memory cgroup",
-    "cgroup delegation", "hugepages", "swap", "cuda", "torch", "spdk",
+    "budget enforcement", "hugepages", "swap", "cuda", "torch", "spdk",
 ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("filesystem", "direct_io", "free_space"):
         monkeypatch.setattr(checks, name, lambda _, name=name: Check(name.replace("_", " "), OK, "good"))
     looks = {
-        surroundings: ["kernel", "kernel_features", "container", "delegation"],
+        surroundings: ["kernel", "kernel_features", "container", "enforcement"],
         drive_checks: ["iommu", "vfio"],
         checks: ["memlock", "memory_cgroup", "hugepages", "swap"],
         software_checks: ["torch", "spdk", "cuda"],

@@ -104,6 +104,6 @@ def test_this_machine_is_looked_at_without_a_failure() -> None:
         surroundings.kernel,
         surroundings.kernel_features,
         surroundings.container,
-        surroundings.delegation,
+        surroundings.enforcement,
     ):
         assert look().state in (OK, WARN)
