@@ -83,13 +83,14 @@ def _tensor(tensor: TensorState) -> list[Any]:
     key = tensor.key
     return [
         key.layer, key.kind, tensor.block_bytes, tensor.blocks, tensor.written, tensor.cached,
-        tensor.cached_written, tensor.stuck,
+        tensor.cached_written, tensor.stuck, int(tensor.in_place),
     ]  # fmt: skip
 
 
 def _state(fields: list[Any]) -> TensorState:
-    layer, kind, *numbers = fields
-    return TensorState(TensorKey(layer, kind), *numbers)
+    layer, kind, size, blocks, written, cached, cached_written, stuck, in_place = fields
+    key = TensorKey(layer, kind)
+    return TensorState(key, size, blocks, written, cached, cached_written, stuck, bool(in_place))
 
 
 def _move(fields: dict[str, Any]) -> Move:

@@ -161,8 +161,10 @@ class LiveGovernor:
         stuck = tensor.blocks - sum(home.blocks for home in tensor.homes.get(PathKind.DIRECT, ()))
         if PathKind.DIRECT not in self.paths and self._open_path:
             stuck = 0  # it will be opened with room for all
-        size = tensor.layout.block_bytes
-        return TensorState(tensor.spec.key, size, tensor.blocks, tensor.full, cached, cached_written, stuck)
+        return TensorState(
+            tensor.spec.key, tensor.layout.block_bytes, tensor.blocks, tensor.full, cached, cached_written,
+            stuck, tensor.mapped is not None,
+        )  # fmt: skip
 
     def _facts(self, number: int, seen: Look, states: Sequence[TensorState]) -> Facts:
         snapshot, budget = seen.snapshot, self._budget

@@ -26,7 +26,8 @@ FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
 @dataclass(frozen=True, slots=True)
 class TensorState:
     """Blocks of one tensor: `blocks` there is room for, `written` on the medium, `cached` in the page cache,
-    `cached_written` both, `stuck` of the cached ones without a room on the direct path."""
+    `cached_written` both, `stuck` of the cached ones without a room on the direct path. in_place: it is read
+    where it lies as long as all of it is cached."""
 
     key: TensorKey
     block_bytes: int
@@ -35,6 +36,7 @@ class TensorState:
     cached: int
     cached_written: int
     stuck: int = 0
+    in_place: bool = False
 
     @property
     def free(self) -> int:
@@ -227,7 +229,8 @@ def _may_promote(facts: Facts, state: GovernorState, limits: Limits) -> bool:
 def _demote(
     tensors: Sequence[TensorState], excess: int, limits: Limits, reason: str
 ) -> tuple[list[Move], bool]:
-    """First the rooms of tokens to come, which costs nothing, and then what must be copied."""
+    """First the rooms of tokens to come, which costs nothing, and then what must be copied. One tensor after
+    the other where a block that leaves ends reading in place."""
     cycle = _Cycle(tensors, limits.policy)
     while excess > 0 and (found := cycle.next_to_demote(free=True)) is not None:
         tensor = cycle.tensors[found]
@@ -237,9 +240,11 @@ def _demote(
     while excess > 0 and (found := cycle.next_to_demote()) is not None:
         tensor = cycle.tensors[found]
         wanted = min(-(-excess // tensor.block_bytes), tensor.cached - tensor.stuck)
-        blocks = min(wanted, max(allowed // tensor.block_bytes, 0 if moves or cycle.moves else 1))
-        moved = cycle.take(found, PathKind.DIRECT, blocks, blocks, reason) if blocks else 0
-        allowed, excess = allowed - moved, excess - moved
+        free, first = tensor.free, not (moves or cycle.moves)
+        blocks = min(wanted, free + max(allowed // tensor.block_bytes, int(first and not free)))
+        copies = max(0, blocks - free)
+        excess -= cycle.take(found, PathKind.DIRECT, blocks, copies, reason) if blocks else 0
+        allowed -= copies * tensor.block_bytes
         if blocks < wanted:
             return moves + cycle.moves, True
     return moves + cycle.moves, False
@@ -302,7 +307,8 @@ class _Cycle:
         able = [
             i
             for i, tensor in enumerate(self.tensors)
-            if tensor.cached > tensor.stuck and (tensor.free or not free)
+            if tensor.cached > tensor.stuck
+            and (not free or (tensor.free and not (tensor.in_place and tensor.cached == tensor.blocks)))
         ]
         return min(self._left(able), key=lambda i: (self._part(i), sum(self._gaps(i)), -i), default=None)
 

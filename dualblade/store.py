@@ -319,7 +319,7 @@ class KVStore:
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
-        if tensor.full:
+        if tensor.full or tensor.mapped:  # rows are about to be written where an old write may still go
             self._await_writes(tensor)
         if tensor.mapped:
             populate(tensor, tensor.mapped)

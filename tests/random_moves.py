@@ -19,6 +19,7 @@ class RandomMoves:
         self.migrator = Migrator(store.tensors, store.paths, store.in_place)
         self.random = random.Random(seed)
         self.often = often
+        self.in_place: set[tuple[TensorKey, bool]] = set()  # how tensors were found when they were used
         self.tensors = store.tensors
         store.mover = self
         self.migrator.claim(list(self.tensors.values()))
@@ -28,6 +29,7 @@ class RandomMoves:
         return self.migrator.region
 
     def reached(self, key: TensorKey) -> None:
+        self.in_place.add((key, self.tensors[key].mapped is not None))
         if self.random.random() < self.often:
             self.want_anything()
         self.migrator.poll()

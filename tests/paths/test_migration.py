@@ -5,6 +5,7 @@ changes."""
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_on_real_files(direct_dir: Path, seed: int) -> None:
         assert moves.migrator.refused == {}
         assert moves.migrator.copied_bytes > MIB
         assert checked.store.paths[CACHE].dropped_bytes > MIB
+        assert any({(key, True), (key, False)} <= moves.in_place for key in checked.rows)
     assert list(direct_dir.iterdir()) == []
 
 
@@ -136,6 +138,24 @@ def real_store(folder: Path, shape: Shape) -> Iterator[Checked]:
     paths: dict[PathKind, StoragePath] = {CACHE: cache, DIRECT: DirectPath(target, open_volume(target))}
     with store_with(shape, paths) as checked:
         yield checked
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=NO_CHECKS)
+@given(
+    st.integers(2, 4), st.integers(0, 3), st.lists(test_store.operations, min_size=1, max_size=14),
+    st.integers(0, 999), st.sampled_from([16, 400, 2000]),
+)  # fmt: skip
+@pytest.mark.needs("o_direct", "uring")
+def test_any_moves_of_tensors_that_are_read_in_place(layers, depth, steps, seed, tokens) -> None:
+    """With tokens beyond what was foreseen, too, for which a tensor is taken apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape = Shape(layers=layers, batch=2, tokens=tokens, depth=depth, capacity=tokens)
+        with real_store(Path(folder), shape) as checked:
+            moves = RandomMoves(checked.store, seed, often=0.8)
+            for operation in [("step", 40), *steps]:
+                test_store.carry_out(checked, operation)
+            load_all(checked)
+            assert moves.migrator.refused == {}
 
 
 # one move -----------------------------------------------------------------------------------

@@ -119,6 +119,15 @@ def test_blocks_that_are_not_written_yet_go_for_nothing() -> None:
     assert all(move.copied == 0 for move in decision.moves)
 
 
+def test_tensors_that_are_read_in_place_leave_one_after_the_other() -> None:
+    """What loses a block is copied from then on: better few of them."""
+    states = [replace(item, in_place=True) for item in tensors([32] * 16, written=8)]
+    after, _, moves = settle(states, replace(FACTS, cap=300 * MIB), GovernorState(), LIMITS)
+    assert cached_bytes(after) == 300 * MIB
+    assert sorted(item.cached for item in after) == [0] * 6 + [12] + [32] * 9
+    assert sum(move.copied for move in moves) == 6 * 8 * MIB
+
+
 def test_more_memory_must_last() -> None:
     states, state, _ = settle(tensors([32] * 16), replace(FACTS, room=256 * MIB), GovernorState(), LIMITS)
     facts = replace(FACTS, number=1000)
@@ -197,7 +206,8 @@ def states_of(draw) -> list[TensorState]:
     made = []
     for key in KEYS[: draw(st.integers(1, len(KEYS)))]:
         written, cached = draw(st.integers(0, blocks)), draw(st.integers(0, blocks))
-        made.append(tensor(key, blocks, written, cached, block))
+        item = tensor(key, blocks, written, cached, block)
+        made.append(replace(item, in_place=cached == blocks and draw(st.booleans())))
     return made
 
 
