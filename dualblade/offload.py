@@ -21,7 +21,8 @@ from dualblade.planner import BudgetRequest, SegmentPlacer, make_plan
 from dualblade.residency import MemoryMeter, MemorySample, MemorySnapshot, take_snapshot
 from dualblade.scheduler import Scheduler
 from dualblade.settings import CacheSettings
-from dualblade.store import Device, KVStore
+from dualblade.store import KVStore
+from dualblade.store_parts import Device
 from dualblade.streamed_store import StreamedStore
 from dualblade.superblock import capacity_for
 from dualblade.target_files import check_room, make_cache_dir

@@ -9,7 +9,8 @@ from dualblade.layout import choose_layout
 from dualblade.paths.base import Room, StoragePath
 from dualblade.planner import make_specs
 from dualblade.scheduler import Scheduler
-from dualblade.store import Device, KVStore
+from dualblade.store import KVStore
+from dualblade.store_parts import Device
 from dualblade.tensors import PathKind, Placement, TensorKey
 from spdk_glue import Queue, Region
 

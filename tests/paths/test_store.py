@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import Checked, MemPath, Shape, change_pace, make_store
 
-from dualblade import store
+from dualblade import store_parts
 from dualblade.errors import ConfigError
 from dualblade.paths.base import StoragePath
 from dualblade.paths.direct import DirectPath
@@ -165,7 +165,7 @@ def test_growth_without_a_known_end(depth: int) -> None:
 
 def test_segments_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(layers=1, heads=1, head_dim=128, tokens=1, capacity=2048)
-    monkeypatch.setattr(store, "LARGEST_STEP", 16 * PAGE)
+    monkeypatch.setattr(store_parts, "LARGEST_STEP", 16 * PAGE)
     with mem_store(shape, script=MemOptions()) as checked:
         for _ in range(64):
             checked.append(K0, 16)
