@@ -68,12 +68,12 @@ def step(as_json: bool, trace: Path | None, plot: Path | None, scripted: bool, *
     bench = StepBench(
         options["model"],
         settings,
-        options["context"],
-        options["batch_size"],
-        options["rounds"],
-        options["dtype"],
-        options["prompt_len"],
-        options["device"],
+        context=options["context"],
+        batch=options["batch_size"],
+        rounds=options["rounds"],
+        dtype=options["dtype"],
+        device=options["device"],
+        prompt=options["prompt_len"],
     )
     prefill = Trace()
     record, timeline = run_step_bench(bench, lambda text: screen.print(f"[dim]{text}[/dim]"), prefill)
