@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -176,7 +176,7 @@ class LiveGovernor:
         )
         waste = seen.pages.cached - ours
         held = snapshot.process_anon + snapshot.process_hugetlb + budget.mapped + max(0, waste)
-        footprint = budget.footprint
+        footprint = self._footprint()
         to_take = max(footprint.reserve_bytes, footprint.total - held)
         room = snapshot.available
         if snapshot.cgroup_headroom is not None:  # our own dirty pages will be clean, and ours again
@@ -195,6 +195,11 @@ class LiveGovernor:
             full=seen.pressure.full,
             steps_left=self._steps_left(),
         )
+
+    def _footprint(self) -> Footprint:
+        """With the unfinished blocks that are in memory of their own now."""
+        copied = (tensor for tensor in self.tensors.values() if tensor.mapped is None)
+        return replace(self._budget.footprint, tails_bytes=sum(each.layout.block_bytes for each in copied))
 
     def _refaulted(self, number: int, seen: Look) -> int:
         """Bytes read back between this look and the one before."""

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dualblade.adaptive import Climb, DriveSetting, StoreShare
-from dualblade.errors import CapacityError
+from dualblade.errors import CapacityError, DualBladeError
 from dualblade.host.maps import mapped_weights
 from dualblade.host.sysfs import Host
 from dualblade.live import Budget, LiveGovernor
@@ -26,7 +26,7 @@ from dualblade.store_parts import Device
 from dualblade.streamed_store import StreamedStore
 from dualblade.superblock import capacity_for
 from dualblade.target_files import check_room, make_cache_dir
-from dualblade.targets import default_capacity, open_target, open_volume
+from dualblade.targets import default_capacity, find_target, open_target, open_volume
 from dualblade.tensors import PathKind, Placement, TensorSpec
 from dualblade.units import GIB, MIB
 from dualblade.watch import MemoryWatch, look
@@ -110,10 +110,10 @@ class Offload:
     def _open_target(self, capacity: int | None) -> DirectPath:
         settings = self.settings
         options = QueueOptions(drain_ms=int(settings.timeout_s * 1000))
-        footprint = self.plan.footprint
+        footprint, layouts = self.plan.footprint, self.plan.layouts.values()
         target = open_target(
             settings.nvme, capacity=capacity, cache_dir=settings.cache_dir, options=options,
-            memory=footprint.staging_bytes + footprint.tails_bytes + footprint.migration_bytes,
+            memory=footprint.staging_bytes + footprint.migration_bytes + sum(each.block_bytes for each in layouts),
             timeout=settings.timeout_s,
         )  # fmt: skip
         try:
@@ -280,6 +280,14 @@ class Offload:
             self.store.close()
 
 
+def _by_spdk(nvme: str | None) -> bool:
+    """All of its memory is taken at the start, the unfinished blocks' too."""
+    try:
+        return nvme is not None and find_target(nvme).by_spdk
+    except DualBladeError:
+        return False
+
+
 def _drive(options: QueueOptions) -> DriveSetting:
     return DriveSetting(options.queue_depth, options.command_bytes)
 
@@ -302,4 +310,5 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         stream=settings.stream,
         ring=settings.ring,
         live=settings.live,
+        in_place=not settings.checksum and not _by_spdk(settings.nvme),
     )

@@ -7,7 +7,7 @@ The same plan serves `plan`, which shows it, and the cache, which carries it out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dualblade.errors import BudgetError
 from dualblade.governor import Footprint, Share, as_option, page_cache_share, place, place_segment
@@ -27,7 +27,8 @@ class BudgetRequest:
     """budget: bytes for the whole process, host memory. weights, runtime, activations: bytes.
     page_cache: --page-cache-budget, or None. forced: the path of every tensor, or None. stream: "auto", a
     layer is streamed in chunks where its K and V do not fit; "never"; "always". live: tensors may change
-    paths later. ring: what a device with memory of its own has for K and V under way, or None."""
+    paths later. ring: what a device with memory of its own has for K and V under way, or None. in_place:
+    attention reads what the page cache holds where it is."""
 
     budget: int
     weights: int
@@ -40,6 +41,7 @@ class BudgetRequest:
     stream: str = "never"
     live: bool = False
     ring: int | None = None
+    in_place: bool = False
 
     @property
     def host(self) -> int:
@@ -98,14 +100,41 @@ def make_plan(
         request.weights, request.runtime, pipeline.slots * slot_bytes, tails, migration, request.activations
     )
     share = page_cache_share(request.budget, footprint, snapshot, request.page_cache)
-    sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in specs}
-    placements = [] if grows else place(specs, sizes, share.bytes, request.policy, request.forced)
+    plan = RunPlan(request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, [])
+    if grows:
+        return plan
+    plan = _placed(plan, share)
+    in_place = request.in_place and request.ring is None and pipeline.chunk_tokens is None
+    return _without_needless_tails(plan, snapshot) if in_place else plan
+
+
+def _placed(plan: RunPlan, share: Share) -> RunPlan:
+    request, layouts = plan.request, plan.layouts
+    sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in plan.specs}
+    placements = place(plan.specs, sizes, share.bytes, request.policy, request.forced)
     if request.live and placements and request.forced is None:
         blocks = {key: layout.block_bytes for key, layout in layouts.items()}
         placements = fill(placements, blocks, share.bytes, request.policy)
-    return RunPlan(
-        request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, placements
-    )
+    return replace(plan, share=share, placements=placements)
+
+
+def _without_needless_tails(plan: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
+    """A tensor that is read in place has its unfinished block there too: what that saves is the page cache's.
+    Every round may cache more, and so save more; the last plan whose own footprint it fits is taken."""
+    request = plan.request
+    while (tails := _tails(plan)) < plan.footprint.tails_bytes:
+        footprint = replace(plan.footprint, tails_bytes=tails)
+        better = _placed(plan, page_cache_share(request.budget, footprint, snapshot, request.page_cache))
+        if _tails(better) > tails:
+            break
+        plan = replace(better, footprint=footprint)
+    return plan
+
+
+def _tails(plan: RunPlan) -> int:
+    """Bytes of the unfinished blocks of tensors that do not lie in the page cache as a whole."""
+    copied = {placement.key for placement in plan.placements if placement.path is PathKind.DIRECT}
+    return sum(plan.layouts[key].block_bytes for key in copied)
 
 
 def choose_layouts(specs: Sequence[TensorSpec], left: int) -> dict[TensorKey, Layout]:

@@ -98,7 +98,7 @@ class Scheduler:
         if times is None:
             return
         self._choose_depth(times)
-        if storage_bound(times):
+        if storage_bound(times) and self.steps >= EVERY:  # a short run would be trials alone
             self._try_drive(made)
 
     def _times(
