@@ -9,6 +9,7 @@ when blocks of it leave, the rest is copied from there to a slot, as from any ot
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from dualblade.kv_tensor import Mapped, Segment, Tensor
@@ -75,9 +76,21 @@ class InPlace:
 def populate(tensor: Tensor, mapped: Mapped) -> None:
     """What the kernel took from the page cache is read in again here, where that can fail with an error: a
     touch would end the process. Raises StorageError."""
-    row = tensor.layout.row_bytes
     try:
-        mapped.region.populate(tensor.tokens * row, mapped.capacity * row, tensor.spec.runs)
+        mapped.missed = mapped.region.populate(*_rows(tensor, mapped)) > 0
     except OSError as error:
         raise mapped.path.error_of(tensor.spec.key, READ, error) from error
     mapped.path.in_place_read += tensor.tokens * tensor.spec.token_bytes
+
+
+def read_ahead(tensor: Tensor, mapped: Mapped) -> None:
+    """Before its layer is computed, where pages were missing the last time."""
+    if mapped.missed and tensor.tokens:
+        with suppress(OSError):  # which populate() will meet again
+            mapped.region.read_ahead(*_rows(tensor, mapped))
+
+
+def _rows(tensor: Tensor, mapped: Mapped) -> tuple[int, int, int]:
+    """Bytes of each head's rows, from one head to the next, and how many."""
+    row = tensor.layout.row_bytes
+    return tensor.tokens * row, mapped.capacity * row, tensor.spec.runs

@@ -93,6 +93,7 @@ class Mapped:
     region: FileRegion
     slot: Slot
     capacity: int
+    missed: bool = True  # the last load found pages that the kernel had taken, or there was none
 
     def close(self) -> None:
         """The memory goes back when nobody has a view of it any more."""

@@ -22,7 +22,10 @@ PAGE = 4 * KIB
 # runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06.
 BEST_RUN = 128 * KIB
 CHUNK = 4 * MIB  # moved between the paths in a few milliseconds, the most that a reader waits behind it
-TAIL_PART = 16  # an unfinished block is at most this part of its tensor
+GOOD_RUN = 64 * KIB
+# An unfinished block, which is memory and rounds its tensor up, is at most this part of the tensor, and half
+# of that where its runs are good ones already.
+TAIL_PART = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,20 @@ def smallest_block(row_bytes: int) -> int:
 
 def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
     """The longest run up to BEST_RUN whose unfinished block, which stays in memory, takes at most
-    `tail_bytes` and at most a sixteenth of the tensor."""
+    `tail_bytes` and at most a sixteenth of the tensor, beyond GOOD_RUN a 32nd."""
     unit = smallest_block(spec.row_bytes)
     block = unit
     while (
         2 * block * spec.row_bytes <= BEST_RUN
-        and 2 * block * TAIL_PART <= spec.tokens
+        and 2 * block * _tail_part(2 * block * spec.row_bytes) <= spec.tokens
         and (tail_bytes is None or 2 * block * spec.token_bytes <= tail_bytes)
     ):
         block *= 2
     return Layout(spec.runs, spec.row_bytes, block)
+
+
+def _tail_part(run_bytes: int) -> int:
+    return TAIL_PART if run_bytes <= GOOD_RUN else 2 * TAIL_PART
 
 
 def chunk_bytes(block_bytes: Iterable[int]) -> int:

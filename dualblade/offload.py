@@ -10,6 +10,7 @@ from typing import Any
 from dualblade.adaptive import Climb, DriveSetting, StoreShare
 from dualblade.errors import CapacityError, DualBladeError
 from dualblade.host.maps import mapped_weights
+from dualblade.host.program_pages import drop_unused_pages
 from dualblade.host.sysfs import Host
 from dualblade.live import Budget, LiveGovernor
 from dualblade.migration import Migrator
@@ -32,6 +33,7 @@ from dualblade.units import GIB, MIB
 from dualblade.watch import MemoryWatch, look
 from spdk_glue import QueueOptions
 
+KERNEL_PART = 32  # of the budget, for what a cgroup is charged beside the process's own pages
 GROWING_CAPACITY = 8 * GIB  # of a default target when nobody said how long the run will be
 
 
@@ -43,6 +45,9 @@ class Offload:
         host = Host()
         self.settings = settings
         snapshot = take_snapshot(host)
+        if snapshot.cgroup_headroom is not None:
+            drop_unused_pages(host)
+            snapshot = take_snapshot(host)
         request = make_request(settings, snapshot, mapped_weights(host))
         self.plan = make_plan(specs, request, snapshot, grows)
         self.paths: dict[PathKind, StoragePath] = {}
@@ -110,10 +115,11 @@ class Offload:
     def _open_target(self, capacity: int | None) -> DirectPath:
         settings = self.settings
         options = QueueOptions(drain_ms=int(settings.timeout_s * 1000))
-        footprint, layouts = self.plan.footprint, self.plan.layouts.values()
+        footprint = self.plan.footprint
+        tails = sum(layout.block_bytes for layout in self.plan.layouts.values())
         target = open_target(
             settings.nvme, capacity=capacity, cache_dir=settings.cache_dir, options=options,
-            memory=footprint.staging_bytes + footprint.migration_bytes + sum(each.block_bytes for each in layouts),
+            memory=footprint.staging_bytes + footprint.migration_bytes + tails,
             timeout=settings.timeout_s,
         )  # fmt: skip
         try:
@@ -294,14 +300,17 @@ def _drive(options: QueueOptions) -> DriveSetting:
 
 def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int) -> BudgetRequest:
     """What of the budget is taken, read off this process. Weights count by their size, whether
-    they are anonymous or mapped; what else is anonymous now stays."""
+    they are anonymous or mapped; what else is anonymous now stays. Under a cgroup's limit libraries, page
+    tables and the like count too: at the limit the kernel would take pages of KV for them."""
     weights = max(settings.weights, mapped)
     anonymous_weights = max(0, settings.weights - mapped) if settings.loaded else 0
     activations = settings.activations
+    limited = snapshot.cgroup_headroom is not None
+    charged = max(0, snapshot.process_file - mapped) + settings.budget // KERNEL_PART if limited else 0
     return BudgetRequest(
         budget=settings.budget,
         weights=weights,
-        runtime=max(0, snapshot.process_anon - anonymous_weights),
+        runtime=max(0, snapshot.process_anon - anonymous_weights) + charged,
         activations=activations if activations is not None else max(64 * MIB, settings.budget // 20),
         page_cache=settings.page_cache,
         forced=settings.forced,

@@ -19,6 +19,7 @@ STREAM_SLOTS = (10, 6, 4)
 STORE_SLOTS = 2  # of these, that chunks fetched ahead leave to new rows on their way out
 STREAM_CHUNK = 8 * MIB  # a longer chunk is read no faster
 STAGING_PART = 3  # of the memory that is left; the page cache has the rest
+AHEAD_PART = 16  # the same, for layers ahead
 
 
 class Mode(StrEnum):
@@ -57,8 +58,9 @@ class PipelinePlan:
 def plan_pipeline(
     num_layers: int, slot_bytes: int, available: int, wanted: int | None = None
 ) -> PipelinePlan:
-    """As far ahead as a third of `available` bytes allows, and one layer wherever it fits: what travels while
-    the other computes is worth more than what its slots would cache. At least nothing ahead (two slots).
+    """One layer ahead wherever it fits: what travels while another computes is worth more than what its slots
+    would cache. More of them, which even out layers on different paths, as far as a 16th of `available` bytes
+    allows. At least nothing ahead (two slots).
 
     Raises BudgetError where not even one layer fits.
     """
@@ -71,7 +73,7 @@ def plan_pipeline(
         )
     fits = available // layer_bytes - 1
     if wanted is None:
-        wanted = max(1, min(MOST_AHEAD, available // STAGING_PART // layer_bytes - 1))
+        wanted = max(1, min(MOST_AHEAD, available // AHEAD_PART // layer_bytes))
     depth = min(wanted, num_layers - 1, fits)
     return PipelinePlan(depth, 2 * (depth + 1))
 

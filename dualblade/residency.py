@@ -21,7 +21,8 @@ class MemorySnapshot:
 
     total, available: of the machine. cgroup_headroom: what the tightest memory cgroup still takes,
     None without a limit; cgroup_limit: what sets it, for people. process_anon: anonymous and shared
-    memory of this process, swapped-out parts included. process_hugetlb: hugepages it holds.
+    memory of this process, swapped-out parts included. process_file: of files that it has mapped, such as
+    its libraries. process_hugetlb: hugepages it holds.
     cached: pages of our own files; `available` and the cgroup's headroom count them as free.
     """
 
@@ -32,6 +33,7 @@ class MemorySnapshot:
     process_anon: int
     process_hugetlb: int
     cached: int
+    process_file: int = 0
 
     @property
     def headroom(self) -> int:
@@ -62,6 +64,7 @@ def take_snapshot(
         process_anon=process.anon + process.shmem + process.swap,
         process_hugetlb=process.hugetlb,
         cached=sum(cached_bytes(fd) for fd in cached_fds),
+        process_file=process.file,
     )
 
 

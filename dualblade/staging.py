@@ -65,7 +65,7 @@ class SlotPool:
             self._finish(slot)
         if not self._free:
             return None
-        slot = self._free.popleft()
+        slot = self._free.pop()  # the last one used: memory that is not needed is never touched
         slot.owner = owner
         slot.generation += 1
         return slot

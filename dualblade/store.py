@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dualblade.errors import ConfigError, DualBladeError
-from dualblade.in_place import populate
+from dualblade.in_place import populate, read_ahead
 from dualblade.kv_tensor import Tensor
 from dualblade.paths.base import Ticket
 from dualblade.pipeline import layers_ahead
@@ -111,7 +111,10 @@ class KVStore(StoreParts):
         """Start reading the layers after `layer` into the slots that are free."""
         for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.scheduler.depth):
             for key in self._keys(self._layers[ahead]):
-                if key in self._fetched or self.tensors[key].mapped or not self.tensors[key].full:
+                tensor = self.tensors[key]
+                if tensor.mapped:
+                    read_ahead(tensor, tensor.mapped)
+                if key in self._fetched or tensor.mapped or not tensor.full:
                     continue
                 slot = self._fetch(key, wait=False)
                 if slot is None:

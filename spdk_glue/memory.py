@@ -107,6 +107,10 @@ class FileRegion:
         missing = lib.glue_populate(self.address, nbytes, stride, runs)
         return int(check(missing, "read mapped memory in"))
 
+    def read_ahead(self, nbytes: int, stride: int, runs: int) -> None:
+        """populate() will find this much done: its reads are started."""
+        check(lib.glue_read_ahead(self.address, nbytes, stride, runs), "read mapped memory ahead")
+
     def close(self) -> None:
         """The memory goes back when the last view of it is gone."""
         self._buffer = self._map = None

@@ -72,7 +72,7 @@ class Sweep:
         self.host = Host()
         self.not_enforced: str | None = None if bench.enforce else "asked for by --no-enforce"
         snapshot = take_snapshot(self.host)
-        self.need = measure_need(bench.workload, snapshot.process_anon)
+        self.need = measure_need(bench.workload, snapshot.process_anon + snapshot.process_file)
         self.budgets = read_budgets(bench.budgets, self.need)
         for budget in self.budgets:
             check_budget(budget, self.need, snapshot.headroom)

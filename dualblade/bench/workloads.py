@@ -114,7 +114,7 @@ def make_specs(workload: Workload, config: PreTrainedConfig, dtype: torch.dtype)
 
 
 def measure_need(workload: Workload, runtime: int) -> Need:
-    """runtime: anonymous memory of a process that has loaded the libraries."""
+    """runtime: memory of a process that has loaded the libraries, anonymous and mapped."""
     config, dtype = load_config(workload)
     empty = models.empty_model(config, dtype, "sdpa", shared=True)
     specs = make_specs(workload, config, dtype)

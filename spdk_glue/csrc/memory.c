@@ -195,17 +195,38 @@ static int populate(char *at, size_t bytes)
     return 0;
 }
 
-int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs)
+/* What a range lacks; where `then` is given, of what lacks anything. */
+static int64_t each_range(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs,
+                          int (*then)(char *at, size_t bytes))
 {
     int64_t total = 0;
     for (uint32_t run = 0; run < runs; run++) {
         uintptr_t begin = address + run * stride, end = round_up(begin + bytes, PAGE);
         begin -= begin % PAGE;
         int64_t missing = missing_bytes((char *)begin, end - begin);
-        int error = missing > 0 ? populate((char *)begin, end - begin) : 0;
+        int error = missing > 0 ? then((char *)begin, end - begin) : 0;
         if (missing < 0 || error)
             return missing < 0 ? missing : error;
         total += missing;
     }
     return total;
+}
+
+static int read_ahead(char *at, size_t bytes)
+{
+    return madvise(at, bytes, MADV_WILLNEED) ? -errno : 0;
+}
+
+int64_t glue_read_ahead(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs)
+{
+    return each_range(address, bytes, stride, runs, read_ahead);
+}
+
+int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs)
+{
+    int64_t missing = glue_read_ahead(address, bytes, stride, runs); /* all at once, not page after page */
+    if (missing <= 0)
+        return missing;
+    int64_t error = each_range(address, bytes, stride, runs, populate);
+    return error < 0 ? error : missing;
 }

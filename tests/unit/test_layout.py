@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualblade.layout import BEST_RUN, PAGE, TAIL_PART, Layout, choose_layout, smallest_block
+from dualblade.layout import BEST_RUN, GOOD_RUN, PAGE, TAIL_PART, Layout, choose_layout, smallest_block
 from dualblade.tensors import TensorKey, TensorSpec
 
 row_bytes = st.builds(
@@ -72,7 +72,7 @@ def test_tensors_of_different_rows_share_one_capacity(parts: list[tuple[int, int
 def fits(spec: TensorSpec, block: int, tail_bytes: int | None) -> bool:
     return (
         block * spec.row_bytes <= BEST_RUN
-        and block * TAIL_PART <= spec.tokens
+        and block * (TAIL_PART if block * spec.row_bytes <= GOOD_RUN else 2 * TAIL_PART) <= spec.tokens
         and (tail_bytes is None or block * spec.token_bytes <= tail_bytes)
     )
 

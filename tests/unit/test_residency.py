@@ -16,7 +16,7 @@ import pytest
 from dualblade.errors import ConfigError
 from dualblade.host.sysfs import Host
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
-from dualblade.units import GIB, MIB
+from dualblade.units import GIB, KIB, MIB
 from spdk_glue import GlueError, cached_bytes, cached_pages, file_facts, punch
 
 BLOCK = 64 * MIB
@@ -225,7 +225,9 @@ def test_snapshot_names_the_level_that_limits(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     snapshot = take_snapshot(Host(tmp_path))
-    assert snapshot == MemorySnapshot(8 * GIB, 4 * GIB, GIB, f"/{top}/a/memory.high", 7 * MIB, 2 * MIB, 0)
+    assert snapshot == MemorySnapshot(
+        8 * GIB, 4 * GIB, GIB, f"/{top}/a/memory.high", 7 * MIB, 2 * MIB, 0, 9 * KIB
+    )
     assert (snapshot.headroom, snapshot.headroom_source) == (GIB, f"/{top}/a/memory.high")
 
     (tmp_path / top / "a" / "memory.high").write_text(str(7 * GIB))
