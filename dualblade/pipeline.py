@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -87,9 +86,3 @@ def plan_stream(tokens: int, unit_tokens: int, unit_bytes: int, available: int) 
         if units > 0:
             return PipelinePlan(0, slots, min(units, -(-tokens // unit_tokens)) * unit_tokens)
     return None
-
-
-def layers_ahead(layer: int, num_layers: int, depth: int) -> Iterator[int]:
-    """The next `depth` layers after `layer`, past the last one to the next step's first."""
-    for step in range(1, min(depth, num_layers - 1) + 1):
-        yield (layer + step) % num_layers

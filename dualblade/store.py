@@ -12,7 +12,6 @@ from dualblade.errors import ConfigError, DualBladeError
 from dualblade.in_place import populate, read_ahead
 from dualblade.kv_tensor import Tensor
 from dualblade.paths.base import Ticket
-from dualblade.pipeline import layers_ahead
 from dualblade.staging import Slot
 from dualblade.store_parts import StoreParts
 from dualblade.tensors import PathKind, TensorKey, TensorSpec
@@ -108,18 +107,36 @@ class KVStore(StoreParts):
         self._fetched.clear()
 
     def prefetch(self, layer: int) -> None:
-        """Start reading the layers after `layer` into the slots that are free."""
-        for ahead in layers_ahead(self._layers.index(layer), len(self._layers), self.scheduler.depth):
-            for key in self._keys(self._layers[ahead]):
-                tensor = self.tensors[key]
-                if tensor.mapped:
-                    read_ahead(tensor, tensor.mapped)
-                if key in self._fetched or tensor.mapped or not tensor.full:
-                    continue
-                slot = self._fetch(key, wait=False)
-                if slot is None:
+        """Start reading the tensors after `layer` that are not read in place: as many as `depth` layers have,
+        and in place of this layer's own that need no slot, however far away they lie. So the drive is busy
+        however few tensors it has."""
+        depth = self.scheduler.depth
+        left = 2 * depth + sum(self.tensors[key].mapped is not None for key in self._keys(layer))
+        if not depth:
+            return
+        for distance, ahead in enumerate(self._layers_after(layer), 1):
+            for key in self._keys(ahead):
+                if not left:
                     return
-                self._fetched[key] = slot
+                tensor = self.tensors[key]
+                if tensor.mapped and distance <= depth:
+                    read_ahead(tensor, tensor.mapped)
+                if tensor.mapped or not tensor.full:
+                    continue
+                left -= 1
+                if key not in self._fetched and not self._fetch_ahead(key):
+                    return
+
+    def _layers_after(self, layer: int) -> list[int]:
+        """In the cyclic order of decoding, this one left out."""
+        at = self._layers.index(layer)
+        return self._layers[at + 1 :] + self._layers[:at]
+
+    def _fetch_ahead(self, key: TensorKey) -> bool:
+        slot = self._fetch(key, wait=False)
+        if slot is not None:
+            self._fetched[key] = slot
+        return slot is not None
 
     def _fetch(self, key: TensorKey, wait: bool) -> Slot | None:
         """Lease a slot and start reading the tensor's full blocks into it."""
