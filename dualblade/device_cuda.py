@@ -254,7 +254,7 @@ class CudaDevice(CpuDevice):
 
     def copy_seconds(self, pieces: Sequence[Piece]) -> float:
         """How long the device takes to fetch them, with nothing else to do. The host waits."""
-        if not pieces:
+        if not pieces or self.unified:
             return 0.0
         self.synchronize()
         begun = time.perf_counter()

@@ -29,6 +29,7 @@ from dualblade.superblock import capacity_for
 from dualblade.target_files import check_room, make_cache_dir
 from dualblade.targets import default_capacity, find_target, open_target, open_volume
 from dualblade.tensors import PathKind, Placement, TensorSpec
+from dualblade.traffic import copy_pace
 from dualblade.units import GIB, MIB
 from dualblade.watch import MemoryWatch, look
 from spdk_glue import QueueOptions
@@ -60,6 +61,7 @@ class Offload:
             self.placer = SegmentPlacer(self.plan)
             self.store = self._make_store(specs, device)
             self.store.place(self.plan.placements)
+            self.store.scheduler.copy_s_per_byte = copy_pace(self.store)
             if settings.live and specs:
                 self.governor = self._make_governor(host, grows)
                 self.store.mover = self.governor

@@ -56,6 +56,7 @@ class Scheduler:
         self.decisions: list[Decision] = []
         self.climb: Climb | None = None
         self.store_share: StoreShare | None = None
+        self.copy_s_per_byte = 0.0  # to a device that has memory of its own
         self._chunks = chunks
         self._clock = clock
         self._layer: int | None = None
@@ -110,7 +111,11 @@ class Scheduler:
         pace = {kind: path.busy_s / path.nbytes for kind, path in made.items() if path.nbytes}
         compute = [self._compute[layer] for layer in sorted(self._compute)]
         return [
-            LayerTimes(tuple(reads.get(kind, 0) * each for kind, each in pace.items()), seconds)
+            LayerTimes(
+                tuple(reads.get(kind, 0) * each for kind, each in pace.items()),
+                seconds,
+                sum(reads.values()) * self.copy_s_per_byte,
+            )
             for reads, seconds in zip(layers, compute, strict=True)
         ]
 

@@ -98,7 +98,7 @@ def _scripted(as_json: bool, rounds: int) -> None:
 
 
 def _show_scripted(record: dict[str, Any]) -> None:
-    click.echo("overlap efficiency, max(storage, compute) / step:")
+    click.echo("overlap efficiency, max(storage, copy, compute) / step:")
     table(
         ("layers", "attention", "dominating", *PIPELINES, "adaptive / best"),
         [

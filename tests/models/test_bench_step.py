@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dualblade.bench.prompt import measure_prefill
-from dualblade.bench.scripted import DOMINATING, run_scripted_bench
+from dualblade.bench.scripted import DOMINATING, LAYER_S, run_scripted_bench
 from dualblade.bench.step import StepBench, run_step_bench
 from dualblade.cli.main import main
 from dualblade.forecast import Prefill
@@ -115,6 +115,6 @@ def test_the_scripted_step_compares_every_mode() -> None:
     for row in record["rows"]:
         assert set(row["modes"]) == set(PIPELINES)
         for made in row["modes"].values():
-            assert 0 < made["overlap_efficiency"] < 1.1, "nothing is faster than its script"
-            assert made["storage_s"] == pytest.approx(2 / 64, rel=0.6), "every step reads all of it"
+            assert made["step_s"] > 0
+            assert made["storage_s"] == pytest.approx(2 * LAYER_S)
         assert row["modes"]["none"]["prefetch_depth"] == 0
