@@ -47,15 +47,25 @@ class Segment:
         """The same, as rooms of their own."""
         return [replace(self.room, offset=offset, nbytes=nbytes) for offset, nbytes in self.ranges(layout)]
 
-    def pieces(self, layout: Layout, address: int, head_stride: int, block_stride: int) -> list[Piece]:
-        """What moves the blocks: in memory the first one's first run is at `address`."""
-        run, file = layout.run_bytes, self.room.file
+    def pieces(
+        self,
+        layout: Layout,
+        address: int,
+        head_stride: int,
+        block_stride: int,
+        first: int | None = None,
+        blocks: int | None = None,
+    ) -> list[Piece]:
+        """What moves blocks [first, first + blocks), or all of them: in memory the first one's first
+        run is at `address`."""
+        first, blocks = self.first if first is None else first, self.blocks if blocks is None else blocks
+        run, file, offset = layout.run_bytes, self.room.file, self.offset(first, layout)
         if self.capacity is None:
-            offset = self.offset(self.first, layout)
-            return [Piece(offset, address, head_stride, block_stride, run, layout.runs, self.blocks, file)]
+            return [Piece(offset, address, head_stride, block_stride, run, layout.runs, blocks, file)]
+        stride = self.capacity * layout.row_bytes
         return [
-            Piece(offset, address + head * head_stride, 0, block_stride, run, 1, self.blocks, file)
-            for head, (offset, _) in enumerate(self.ranges(layout))
+            Piece(offset + head * stride, address + head * head_stride, 0, block_stride, run, 1, blocks, file)
+            for head in range(layout.runs)
         ]
 
     def part(self, first: int, end: int, layout: Layout) -> Segment | None:
@@ -196,9 +206,10 @@ class Tensor:
         pieces: dict[PathKind, list[Piece]] = {}
         run, stride = self.layout.run_bytes, self.head_stride(capacity)
         for segment in self.segments:
-            part = segment.part(first, end, self.layout)
-            if part:
-                moves = part.pieces(self.layout, address + part.first * run, stride, run)
+            begin, stop = max(first, segment.first), min(end, segment.end)
+            if begin < stop:
+                at = address + begin * run
+                moves = segment.pieces(self.layout, at, stride, run, begin, stop - begin)
                 pieces.setdefault(segment.room.path, []).extend(moves)
         return pieces
 

@@ -61,8 +61,11 @@ class KVStore(StoreParts):
         self.prefetch(layer)
 
     def _fits(self, layer: int, tokens: int) -> bool:
-        kept = (self.tensors[key].mapped for key in self._keys(layer))
-        return all(tokens <= (mapped.capacity if mapped else self.capacity) for mapped in kept)
+        for key in self._keys(layer):
+            mapped = self.tensors[key].mapped
+            if tokens > (mapped.capacity if mapped else self.capacity):
+                return False
+        return True
 
     def _slot_of(self, key: TensorKey) -> Slot:
         """With the tensor in it, or on its way."""

@@ -92,6 +92,7 @@ class StoreParts:
         self.trace: Trace | None = None
         self.mover: Mover | None = None
         self._layers = sorted({spec.key.layer for spec in specs})
+        self._keys_of = {layer: (TensorKey(layer, "K"), TensorKey(layer, "V")) for layer in self._layers}
         self._slots = slots
         self._of_env = any(path.queue.needs_env_memory for path in paths.values())
         self._layer: int | None = None
@@ -200,7 +201,7 @@ class StoreParts:
         return tickets
 
     def _keys(self, layer: int) -> tuple[TensorKey, TensorKey]:
-        return TensorKey(layer, "K"), TensorKey(layer, "V")
+        return self._keys_of[layer]
 
     # state ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class PathKind(Enum):
@@ -14,9 +15,8 @@ class PathKind(Enum):
     DIRECT = "direct"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class TensorKey:
-    """The K or the V of one layer."""
+class TensorKey(NamedTuple):
+    """The K or the V of one layer. A tuple, since it is hashed and compared some thirty times a layer."""
 
     layer: int
     kind: str  # "K" or "V"
