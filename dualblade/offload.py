@@ -303,11 +303,12 @@ def _drive(options: QueueOptions) -> DriveSetting:
 def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int) -> BudgetRequest:
     """What of the budget is taken, read off this process. Weights count by their size, whether
     they are anonymous or mapped; what else is anonymous now stays. Under a cgroup's limit libraries, page
-    tables and the like count too: at the limit the kernel would take pages of KV for them."""
+    tables and the like count too: at the limit the kernel would take pages of KV for them. Not under a cgroup
+    of our own, which was entered when they were loaded."""
     weights = max(settings.weights, mapped)
     anonymous_weights = max(0, settings.weights - mapped) if settings.loaded else 0
     activations = settings.activations
-    limited = snapshot.cgroup_headroom is not None
+    limited = snapshot.cgroup_headroom is not None and settings.cgroup is None
     charged = max(0, snapshot.process_file - mapped) + settings.budget // KERNEL_PART if limited else 0
     return BudgetRequest(
         budget=settings.budget,
