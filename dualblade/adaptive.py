@@ -59,10 +59,10 @@ def step_seconds(layers: Sequence[LayerTimes], depth: int, chunks: int = 1) -> f
     return (now - before) / (CYCLES - WARM_CYCLES)
 
 
-def best_depth(layers: Sequence[LayerTimes], limit: int, current: int, chunks: int = 1) -> int:
+def best_depth(layers: Sequence[LayerTimes], limit: int, current: int) -> int:
     """The shortest distance, at most `limit`, that is as good as any; `current` stays where a longer one
     would gain too little."""
-    times = [step_seconds(layers, depth, chunks) for depth in range(limit + 1)]
+    times = [step_seconds(layers, depth) for depth in range(limit + 1)]
     enough = next(depth for depth, seconds in enumerate(times) if seconds <= min(times) * ENOUGH)
     current = min(current, limit)
     if enough > current and times[current] < times[enough] * WORTH:

@@ -46,7 +46,6 @@ class Scheduler:
         self,
         mode: Mode = Mode.CROSS_LAYER,
         limit: int = 0,
-        chunks: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.mode = mode
@@ -57,7 +56,6 @@ class Scheduler:
         self.climb: Climb | None = None
         self.store_share: StoreShare | None = None
         self.copy_s_per_byte = 0.0  # to a device that has memory of its own
-        self._chunks = chunks
         self._clock = clock
         self._layer: int | None = None
         self._entered = (0.0, 0.0)  # when, and what had been waited for until then
@@ -89,18 +87,16 @@ class Scheduler:
         self._traffic = dict(traffic)
         if not any(path.nbytes for path in made.values()):
             return
-        if self.climb and not self.climb.settled and self.climb.speed:
+        times = self._times(made, layers()) if self.steps <= 4 or self.steps % EVERY == 0 else None
+        if times:
+            self._choose_depth(times)
+        if self._drive_counts(times):
             self._try_drive(made)
-        if self.steps <= 4 or self.steps % EVERY == 0:
-            self._look(made, layers())
 
-    def _look(self, made: Mapping[str, Traffic], layers: Sequence[Mapping[str, int]]) -> None:
-        times = self._times(made, layers)
-        if times is None:
-            return
-        self._choose_depth(times)
-        if storage_bound(times) and self.steps >= EVERY:  # a short run would be trials alone
-            self._try_drive(made)
+    def _drive_counts(self, times: Sequence[LayerTimes] | None) -> bool:
+        """Is the drive judged by this step? Trials go on once begun; a short run would be trials alone."""
+        trying = self.climb is not None and not self.climb.settled and self.climb.speed > 0
+        return trying or (times is not None and self.steps >= EVERY and storage_bound(times))
 
     def _times(
         self, made: Mapping[str, Traffic], layers: Sequence[Mapping[str, int]]
@@ -120,7 +116,7 @@ class Scheduler:
         ]
 
     def _choose_depth(self, times: Sequence[LayerTimes]) -> None:
-        depth = best_depth(times, self.limit, self.depth, self._chunks)
+        depth = best_depth(times, self.limit, self.depth)
         if depth != self.depth:
             loads = max(sum(load) for load in zip(*(layer.loads for layer in times), strict=True))
             compute = sum(layer.compute for layer in times)

@@ -132,9 +132,8 @@ class StoreParts:
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Take the room that the governor decided on, before the first token. Raises CapacityError."""
-        for kind in (
-            kind for kind in PathKind if kind in self.paths
-        ):  # what is cached of a tensor comes first
+        kinds = [kind for kind in PathKind if kind in self.paths]  # what is cached of a tensor comes first
+        for kind in kinds:
             path = self.paths[kind]
             chosen = [placement for placement in placements if placement.path is kind]
             rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
