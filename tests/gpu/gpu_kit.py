@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 import torch
-from families import VOCABULARY, model_of
+from families import model_of, padded_prompt
 
 from dualblade import DualBladeCache
 
@@ -24,14 +24,7 @@ def on_gpu(family: str, dtype: torch.dtype, attention: str | None = None) -> Any
 
 
 def prompt(batch: int) -> dict[str, torch.Tensor]:
-    """Rows of different lengths, padded on the left."""
-    random = torch.Generator().manual_seed(batch)
-    ids = torch.randint(2, VOCABULARY, (batch, PROMPT), generator=random)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        mask[row, : 17 * row] = 0
-        ids[row, : 17 * row] = 1
-    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+    return {name: rows.cuda() for name, rows in padded_prompt(batch, PROMPT).items()}
 
 
 def generate(model: Any, cache: Any, batch: int, chunk: int | None = None) -> Any:

@@ -105,3 +105,14 @@ def model_of(family: str, dtype: torch.dtype, attention: str | None = None) -> P
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 1
     return model
+
+
+def padded_prompt(batch: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Rows of different lengths, padded on the left."""
+    random = torch.Generator().manual_seed(batch)
+    ids = torch.randint(2, VOCABULARY, (batch, tokens), generator=random)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, : 17 * row] = 0
+        ids[row, : 17 * row] = 1
+    return {"input_ids": ids, "attention_mask": mask}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from allpairspy import AllPairs
-from families import CONFIGS, VOCABULARY, model_of
+from families import CONFIGS, model_of, padded_prompt
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache
@@ -66,21 +66,10 @@ def name_of_way(way: Way) -> str:
     return "-".join(str(part).removeprefix("torch.") for part in way)
 
 
-def prompt(batch: int) -> dict[str, torch.Tensor]:
-    """Rows of different lengths, padded on the left."""
-    random = torch.Generator().manual_seed(batch)
-    ids = torch.randint(2, VOCABULARY, (batch, PROMPT), generator=random)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        mask[row, : 17 * row] = 0
-        ids[row, : 17 * row] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def generate(way: Way, cache):
     torch.manual_seed(3)
     return model_of(way.family, way.dtype).generate(
-        **prompt(way.batch),
+        **padded_prompt(way.batch, PROMPT),
         past_key_values=cache,
         max_new_tokens=NEW,
         do_sample=way.sample,

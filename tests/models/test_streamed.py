@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, VOCABULARY, model_of
+from families import CONFIGS, model_of, padded_prompt
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache, offload
@@ -31,20 +31,9 @@ PROMPT, NEW = 230, 12
 FLOATS = [torch.float32, torch.bfloat16]
 
 
-def prompt(batch: int) -> dict[str, torch.Tensor]:
-    """Rows of different lengths, padded on the left."""
-    random = torch.Generator().manual_seed(batch)
-    ids = torch.randint(2, VOCABULARY, (batch, PROMPT), generator=random)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        mask[row, : 17 * row] = 0
-        ids[row, : 17 * row] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def generate(family: str, dtype: torch.dtype, batch: int, chunk: int | None, cache, attention=STREAMED):
     return model_of(family, dtype, attention).generate(
-        **prompt(batch),
+        **padded_prompt(batch, PROMPT),
         past_key_values=cache,
         max_new_tokens=NEW,
         do_sample=False,
@@ -160,7 +149,7 @@ def test_prefill_layer_by_layer(family: str, span: int, tmp_path: Path) -> None:
 
     def run(cache) -> tuple[list[list[int]], torch.Tensor]:
         seen = []
-        made = prompt(4)
+        made = padded_prompt(4, PROMPT)
         way = Prompt(made["input_ids"], made["attention_mask"])
         generation = Generation(
             model_of(family, torch.float32, STREAMED), cache, way, Sampling(), frozenset(), 50, span
@@ -187,7 +176,7 @@ def test_operations(way: str, tmp_path: Path) -> None:
         "assisted": {"prompt_lookup_num_tokens": 4},
         "contrast": {"num_beams": 2, "length_penalty": 0.5},
     }[way]
-    ids = {"input_ids": prompt(1)["input_ids"][:, :90].repeat(1, 2)}
+    ids = {"input_ids": padded_prompt(1, PROMPT)["input_ids"][:, :90].repeat(1, 2)}
 
     def run(cache):
         return model.generate(**ids, past_key_values=cache, max_new_tokens=40, do_sample=False, **more)
