@@ -41,26 +41,29 @@ class InPlace:
     def segment(self, tensor: Tensor, first: int, blocks: int, room: Room) -> Segment:
         """Blocks in a room that was just taken; head-major where it holds the tensor as a whole."""
         whole = first == 0 and blocks == tensor.whole_blocks
-        if not (self._used and whole and room.path is CACHE and self._paths[CACHE].maps):
-            return Segment(first, blocks, room)
-        return Segment(first, blocks, room, blocks * tensor.layout.block_tokens)
+        maps = self._used and room.path is CACHE and self._paths[CACHE].maps
+        return tensor.segment(first, blocks, room, blocks if whole and maps else None)
 
     def map(self, tensor: Tensor) -> None:
         """Read it in place from now on, if all of it lies in one head-major room. Raises CapacityError."""
         if tensor.mapped or len(tensor.segments) != 1:
             return
         segment, spec = tensor.segments[0], tensor.spec
-        if segment.capacity is None or segment.blocks != tensor.whole_blocks:
+        path, blocks = self._paths[segment.room.path], tensor.whole_blocks
+        head_major = (
+            segment.group == segment.blocks == blocks and segment.room_blocks(tensor.layout) == blocks
+        )
+        if not (self._used and path.maps and head_major):
             return
-        path = self._paths[segment.room.path]
+        capacity = blocks * tensor.layout.block_tokens
         region = path.map(segment.room)
         slot = Slot(region.address, 0)
         slot.owner = spec.key
-        slot.view = self._device.open(region, 0, spec.runs, segment.capacity, spec.head_dim)
+        slot.view = self._device.open(region, 0, spec.runs, capacity, spec.head_dim)
         begin = tensor.full * tensor.layout.block_tokens
         if tensor.tokens > begin:
             self._device.copy_rows(tensor.tail, 0, slot.view, begin, tensor.tokens - begin)
-        tensor.mapped = Mapped(path, region, slot, segment.capacity)
+        tensor.mapped = Mapped(path, region, slot, capacity)
 
     def unmap(self, tensor: Tensor) -> None:
         """It is copied from now on. Nobody may be reading it."""

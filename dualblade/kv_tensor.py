@@ -17,81 +17,88 @@ from spdk_glue import FileRegion, Piece
 
 @dataclass(slots=True)
 class Segment:
-    """Blocks [first, end) of a tensor lie in `room`: one behind the other; or, where `capacity` is given, in
-    a room for the whole tensor that is head-major, [batch x KV head, capacity, head_dim]."""
+    """Blocks [first, end) of a tensor lie in `room`, which begins with block `base` of it and is a row of
+    groups of `group` blocks, each head by head; of the last group there is what fits the room.
+
+    One group for all of them makes the room head-major, [batch x KV head, capacity, head_dim].
+    """
 
     first: int
     blocks: int
     room: Room
-    capacity: int | None = None
+    group: int
+    base: int
 
     @property
     def end(self) -> int:
         return self.first + self.blocks
 
+    def room_blocks(self, layout: Layout) -> int:
+        return self.room.nbytes // layout.block_bytes
+
     def offset(self, block: int, layout: Layout) -> int:
-        """Byte offset of a block, or of its first head's run, on the room's file."""
-        if self.capacity is not None:
-            return self.room.offset + block * layout.run_bytes
-        return self.room.offset + (block - self.first) * layout.block_bytes
+        """Byte offset of a block's first run on the room's file."""
+        whole, within = divmod(block - self.base, self.group)
+        return self.room.offset + whole * self.group * layout.block_bytes + within * layout.run_bytes
+
+    def _cuts(self, first: int, end: int, layout: Layout) -> Iterator[tuple[int, int, int]]:
+        """Blocks [first, end) as (begin, end, blocks of a group there): whole groups together, and parts of
+        one alone."""
+        last = self.base + self.room_blocks(layout)
+        while first < end:
+            begin = first - (first - self.base) % self.group
+            size = min(self.group, last - begin)
+            if begin == first and first + size <= end:
+                stop = first + (end - first) // size * size
+            else:
+                stop = min(end, begin + size)
+            yield first, stop, size
+            first = stop
 
     def ranges(self, layout: Layout) -> list[tuple[int, int]]:
         """Offset and bytes of what the blocks take of the room's file."""
-        begin = self.offset(self.first, layout)
-        if self.capacity is None:
-            return [(begin, self.blocks * layout.block_bytes)]
-        stride, nbytes = self.capacity * layout.row_bytes, self.blocks * layout.run_bytes
-        return [(begin + head * stride, nbytes) for head in range(layout.runs)]
+        found = []
+        for first, end, size in self._cuts(self.first, self.end, layout):
+            begin = self.offset(first, layout)
+            if (end - first) % size == 0:
+                found.append((begin, (end - first) * layout.block_bytes))
+                continue
+            stride, nbytes = size * layout.run_bytes, (end - first) * layout.run_bytes
+            found += [(begin + head * stride, nbytes) for head in range(layout.runs)]
+        return found
 
     def rooms(self, layout: Layout) -> list[Room]:
         """The same, as rooms of their own."""
         return [replace(self.room, offset=offset, nbytes=nbytes) for offset, nbytes in self.ranges(layout)]
 
     def pieces(
-        self,
-        layout: Layout,
-        address: int,
-        head_stride: int,
-        block_stride: int,
-        first: int | None = None,
-        blocks: int | None = None,
+        self, layout: Layout, address: int, head_stride: int, first: int | None = None, end: int | None = None
     ) -> list[Piece]:
-        """What moves blocks [first, first + blocks), or all of them: in memory the first one's first
-        run is at `address`."""
-        first, blocks = self.first if first is None else first, self.blocks if blocks is None else blocks
-        run, file, offset = layout.run_bytes, self.room.file, self.offset(first, layout)
-        if self.capacity is None:
-            return [Piece(offset, address, head_stride, block_stride, run, layout.runs, blocks, file)]
-        stride = self.capacity * layout.row_bytes
-        return [
-            Piece(offset + head * stride, address + head * head_stride, 0, block_stride, run, 1, blocks, file)
-            for head in range(layout.runs)
-        ]
+        """What moves blocks [first, end), or all of them: in memory, head-major, the first one's first run
+        is at `address`."""
+        begin, stop = self.first if first is None else first, self.end if end is None else end
+        run, heads, file = layout.run_bytes, layout.runs, self.room.file
+        made = []
+        for first, end, size in self._cuts(begin, stop, layout):
+            offset, at, groups = self.offset(first, layout), address + (first - begin) * run, 1
+            nbytes, stride = (end - first) * run, size * run
+            if (end - first) % size == 0:
+                groups, nbytes, stride = (end - first) // size, stride, 0
+            made.append(Piece(offset, at, head_stride, nbytes, nbytes, heads, groups, file, stride))
+        return made
 
-    def part(self, first: int, end: int, layout: Layout) -> Segment | None:
+    def part(self, first: int, end: int) -> Segment | None:
         """What of blocks [first, end) lies here; None where nothing does."""
         first, end = max(first, self.first), min(end, self.end)
-        if first >= end:
-            return None
-        if self.capacity is not None:
-            return replace(self, first=first, blocks=end - first)
-        nbytes = (end - first) * layout.block_bytes
-        return Segment(
-            first, end - first, replace(self.room, offset=self.offset(first, layout), nbytes=nbytes)
-        )
+        return replace(self, first=first, blocks=end - first) if first < end else None
 
     def goes_on_in(self, other: Segment) -> bool:
-        """The other one's room begins where this one's ends, or is the same."""
-        mine, its = self.room, other.room
-        if self.capacity is not None:
-            return self.end == other.first and mine == its
-        same = (mine.path, mine.file) == (its.path, its.file)
-        return same and self.end == other.first and mine.offset + mine.nbytes == its.offset
+        """The other one lies in the same room, behind this one."""
+        return self.end == other.first and self.room == other.room
 
     def with_next(self, other: Segment) -> Segment:
         """Both as one, where this one goes on in the other."""
-        nbytes = self.room.nbytes + (other.room.nbytes if self.capacity is None else 0)
-        return replace(self, blocks=self.blocks + other.blocks, room=replace(self.room, nbytes=nbytes))
+        return replace(self, blocks=self.blocks + other.blocks)
 
 
 @dataclass(slots=True)
@@ -159,6 +166,10 @@ class Tensor:
         """Blocks of all the tokens that were foreseen."""
         return self.layout.blocks_for(self.spec.tokens)
 
+    def segment(self, first: int, blocks: int, room: Room, group: int | None = None) -> Segment:
+        """Blocks in a room that was just taken."""
+        return Segment(first, blocks, room, self.layout.group if group is None else group, first)
+
     def add(self, segment: Segment) -> None:
         """The tensor grows by a segment, which is a home too."""
         self.segments = [*self.segments, segment]
@@ -171,7 +182,7 @@ class Tensor:
 
     def parts(self, kind: PathKind, first: int, end: int) -> list[Segment]:
         """The homes of blocks [first, end) on a path; shorter than these where some have none."""
-        parts = (home.part(first, end, self.layout) for home in self.homes.get(kind, ()))
+        parts = (home.part(first, end) for home in self.homes.get(kind, ()))
         return [part for part in parts if part]
 
     def relocate(self, first: int, end: int, kind: PathKind) -> None:
@@ -186,7 +197,7 @@ class Tensor:
 
     def _without(self, segment: Segment, first: int, end: int) -> list[Segment]:
         """What of a segment lies before `first` and from `end` on."""
-        parts = segment.part(0, first, self.layout), segment.part(end, segment.end, self.layout)
+        parts = segment.part(0, first), segment.part(end, segment.end)
         return [part for part in parts if part]
 
     def changed(self, block: int) -> None:
@@ -209,7 +220,7 @@ class Tensor:
             begin, stop = max(first, segment.first), min(end, segment.end)
             if begin < stop:
                 at = address + begin * run
-                moves = segment.pieces(self.layout, at, stride, run, begin, stop - begin)
+                moves = segment.pieces(self.layout, at, stride, begin, stop)
                 pieces.setdefault(segment.room.path, []).extend(moves)
         return pieces
 
@@ -222,7 +233,5 @@ class Tensor:
 
     def tail_pieces(self, block: int, tails_address: int) -> list[Piece]:
         """Bring a block back to the tail, [batch x KV head, block_tokens, head_dim]."""
-        part = self.segment_of(block).part(block, block + 1, self.layout)
-        assert part is not None
-        run, address = self.layout.run_bytes, tails_address + self.tail_offset
-        return part.pieces(self.layout, address, run, self.layout.block_bytes)
+        address = tails_address + self.tail_offset
+        return self.segment_of(block).pieces(self.layout, address, self.layout.run_bytes, block, block + 1)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the rows of a KV tensor lie. Pure arithmetic.
 
-On the medium a tensor is a row of token blocks; a block is [batch x KV head, tokens, head_dim],
-so each head has one run of whole 4 KiB pages in it, any prefix of the tensor is one sequential
-range, and an append is one aligned write. In memory the tensor is head-major,
-[batch x KV head, capacity, head_dim]: the engine scatters each run to its place, and attention
-reads the memory as it is.
+A block is the fewest tokens that are written at once: [batch x KV head, tokens, head_dim], of each head
+whole 4 KiB pages. On the medium the blocks of a group lie head by head,
+[batch x KV head, group's tokens, head_dim], so that a head's run is long enough to be read at the drive's
+speed, and the rest that waits in memory to become a block is small all the same. Whole groups are one
+sequential range. In memory the tensor is head-major, [batch x KV head, capacity, head_dim]: the engine
+scatters each run to its place, and attention reads the memory as it is.
 """
 
 from __future__ import annotations
@@ -22,24 +23,30 @@ PAGE = 4 * KIB
 # runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06.
 BEST_RUN = 128 * KIB
 CHUNK = 4 * MIB  # moved between the paths in a few milliseconds, the most that a reader waits behind it
-GOOD_RUN = 64 * KIB
-# An unfinished block, which is memory and rounds its tensor up, is at most this part of the tensor, and half
-# of that where its runs are good ones already.
-TAIL_PART = 16
+# Shorter blocks cost more commands and checksums than what their rest in memory is worth; and that, which
+# rounds a tensor up too, is at most such a part of the tensor.
+BEST_BLOCK = 16 * KIB
+TAIL_PART = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How one tensor is cut. block_tokens: tokens in a block; run_bytes: one head's part of it;
-    block_bytes: the whole block on the medium; runs: batch x KV heads."""
+    block_bytes: the whole block on the medium; runs: batch x KV heads; group: blocks of a group."""
 
     runs: int
     row_bytes: int
     block_tokens: int
+    group: int = 1
 
     @property
     def run_bytes(self) -> int:
         return self.block_tokens * self.row_bytes
+
+    @property
+    def group_run_bytes(self) -> int:
+        """What lies together of one head on the medium."""
+        return self.group * self.run_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -69,21 +76,16 @@ def smallest_block(row_bytes: int) -> int:
 
 
 def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
-    """The longest run up to BEST_RUN whose unfinished block, which stays in memory, takes at most
-    `tail_bytes` and at most a sixteenth of the tensor, beyond GOOD_RUN a 32nd."""
-    unit = smallest_block(spec.row_bytes)
-    block = unit
+    """The longest block up to BEST_BLOCK a head whose unfinished one, which stays in memory, takes at most
+    `tail_bytes` and at most a TAIL_PART of the tensor, in groups of up to BEST_RUN a head."""
+    block = smallest_block(spec.row_bytes)
     while (
-        2 * block * spec.row_bytes <= BEST_RUN
-        and 2 * block * _tail_part(2 * block * spec.row_bytes) <= spec.tokens
+        2 * block * spec.row_bytes <= BEST_BLOCK
+        and 2 * block * TAIL_PART <= spec.tokens
         and (tail_bytes is None or 2 * block * spec.token_bytes <= tail_bytes)
     ):
         block *= 2
-    return Layout(spec.runs, spec.row_bytes, block)
-
-
-def _tail_part(run_bytes: int) -> int:
-    return TAIL_PART if run_bytes <= GOOD_RUN else 2 * TAIL_PART
+    return Layout(spec.runs, spec.row_bytes, block, max(1, BEST_RUN // (block * spec.row_bytes)))
 
 
 def chunk_bytes(block_bytes: Iterable[int]) -> int:

@@ -236,7 +236,7 @@ class LiveGovernor:
         for key in self._keys:
             sizes: dict[PathKind, int] = defaultdict(int)
             for segment in self.tensors[key].segments:
-                sizes[segment.room.path] += segment.room.nbytes
+                sizes[segment.room.path] += segment.blocks * self.tensors[key].layout.block_bytes
             found += [
                 Placement(key, path, size, reasons.get((key, path), "live")) for path, size in sizes.items()
             ]

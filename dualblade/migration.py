@@ -92,7 +92,7 @@ class Migrator:
                 bare = bare[: len(bare) // 2]
                 continue
             for (tensor, home), room in zip(bare, rooms, strict=True):
-                tensor.add_home(Segment(home.first, home.blocks, room))
+                tensor.add_home(tensor.segment(home.first, home.blocks, room))
             break
         return sum(home.blocks for _, home in bare)
 
@@ -212,11 +212,11 @@ class Migrator:
 
     def _transfer(self, op: int, tensor: Tensor, first: int, end: int, kind: PathKind) -> Ticket:
         """Move blocks between our memory and their homes on a path."""
-        size, run = tensor.layout.block_bytes, tensor.layout.run_bytes
+        run = tensor.layout.run_bytes
         pieces: list[Piece] = []
         for part in tensor.parts(kind, first, end):
-            address = self.region.address + (part.first - first) * size
-            pieces += part.pieces(tensor.layout, address, run, size)
+            address = self.region.address + (part.first - first) * run
+            pieces += part.pieces(tensor.layout, address, (end - first) * run)
         return self.paths[kind].transfer(op, tensor.spec.key, pieces)
 
     def _advance(self) -> bool:
@@ -247,12 +247,11 @@ class Migrator:
         return chunk.writing and chunk.to is DIRECT and bool(chunk.tensor.mapped) and chunk.tensor.in_use
 
     def _verify(self, chunk: _Chunk) -> None:
-        tensor, size = chunk.tensor, chunk.tensor.layout.block_bytes
+        tensor, count = chunk.tensor, chunk.end - chunk.first
         if tensor.checksums is None or tensor.intact < chunk.end:
             return
-        for block in range(chunk.first, chunk.end):
-            rows = self.region.buffer((block - chunk.first) * size, size)
-            tensor.checksums.verify(rows, tensor.layout.run_bytes, 1, tensor.offset_of, first=block)
+        rows, stride = self.region.buffer(), count * tensor.layout.run_bytes
+        tensor.checksums.verify(rows, stride, count, tensor.offset_of, first=chunk.first)
 
     def _write(self, chunk: _Chunk) -> None:
         chunk.ticket = self._transfer(WRITE, chunk.tensor, chunk.first, chunk.end, chunk.to)

@@ -272,7 +272,7 @@ class Offload:
             "decisions": [asdict(each) for each in self.store.scheduler.decisions],
             "chunk_bytes": options.command_bytes,
             "queue_depth": options.queue_depth,
-            "run_bytes": max((layout.run_bytes for layout in self.plan.layouts.values()), default=0),
+            "run_bytes": max((layout.group_run_bytes for layout in self.plan.layouts.values()), default=0),
             "stall_s": self.store.stall_s,
             "polling_threads": self.polling_threads,
             "checksum_s": self.store.checksum_s if self.settings.checksum else None,

@@ -164,7 +164,8 @@ def _plan_staging(
     if request.stream == "never":
         raise _too_small(request, left, 2 * slot_bytes, "one layer's K and V")
     tokens, unit = _slot(specs, layouts, 1)
-    streamed = plan_stream(capacity, tokens, unit, left)
+    group = max(layout.group for layout in layouts.values())
+    streamed = plan_stream(capacity, tokens, unit, left, group)
     if streamed is None:
         raise _too_small(request, left, STREAM_SLOTS[-1] * unit, "the chunks of one layer's K and V")
     return streamed

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from dualblade.errors import CapacityError, DualBladeError, StorageError
 from dualblade.in_place import InPlace
 from dualblade.integrity import Checksums
-from dualblade.kv_tensor import Segment, Tensor
+from dualblade.kv_tensor import Tensor
 from dualblade.layout import Layout
 from dualblade.paths.base import Room, StoragePath, Ticket
 from dualblade.scheduler import Scheduler
@@ -156,7 +156,7 @@ class StoreParts:
         blocks = max(missing, min(max(tensor.blocks, 1), max(1, LARGEST_STEP // block)))
         placement = self.placer(tensor.spec.key, blocks * block)
         room = self._allocate(placement)
-        tensor.add(Segment(tensor.blocks, blocks, room))
+        tensor.add(tensor.segment(tensor.blocks, blocks, room))
         self.placements.append(placement)
         if self.mover is not None:
             self.mover.grown(tensor)

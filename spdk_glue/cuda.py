@@ -158,7 +158,7 @@ class Copier:
 
     def copy(self, way: int, stream: int, pieces: Sequence[Piece], device: Sequence[DevicePiece]) -> None:
         """Start copying, TO_DEVICE or TO_HOST. Raises GlueError."""
-        host_side = ffi.new("glue_piece[]", [(*piece, 0) for piece in pieces])
+        host_side = ffi.new("glue_piece[]", list(pieces))
         device_side = ffi.new("glue_device_piece[]", list(device))
         _check(
             lib.glue_copier_copy(self.handle, way, stream, host_side, device_side, len(pieces)),

@@ -10,8 +10,8 @@ class Piece(NamedTuple):
     """A strided part of a transfer, all in bytes.
 
     On the medium: contiguous from `offset`, block after block, in a block head after head, each
-    run `run_bytes` long. In memory run (block b, head h) begins at
-    address + b * block_stride + h * head_stride.
+    run `run_bytes` long; or, with a `medium_stride`, the runs of one block that far apart. In memory run
+    (block b, head h) begins at address + b * block_stride + h * head_stride.
     """
 
     offset: int
@@ -22,6 +22,7 @@ class Piece(NamedTuple):
     heads: int = 1
     blocks: int = 1
     file: int = 0
+    medium_stride: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -236,7 +236,7 @@ class Queue:
         """The transfer's tag, or None while the queue is full. copies: of a READ, started as its bytes
         arrive; it is complete when all are started. after: it starts when these events are done.
         Raises GlueError."""
-        c_pieces = ffi.new("glue_piece[]", [(*piece, 0) for piece in pieces])
+        c_pieces = ffi.new("glue_piece[]", list(pieces))
         tag = self._next_tag
         result = self._submit(op, tag, c_pieces, len(pieces), copies, after)
         if result < 0 and (copies or after) and (reason := last_error()):

@@ -106,6 +106,10 @@ def geometries(draw: st.DrawFn) -> list[Piece]:
             )
         )
         piece = Piece(offset, address, head_stride, block_stride, run, heads, blocks)
+        if draw(st.booleans()):
+            apart = run + PAGE * draw(st.integers(0, 2))
+            piece = piece._replace(blocks=1, medium_stride=apart)
+            offset += heads * apart
         pieces.append(piece)
         offset += piece.nbytes
         address += (heads - 1) * head_stride + (blocks - 1) * block_stride + run
@@ -121,7 +125,8 @@ def runs(pieces: Sequence[Piece], base: int) -> Iterator[tuple[slice, slice]]:
     for piece in pieces:
         for block in range(piece.blocks):
             for head in range(piece.heads):
-                offset = piece.offset + (block * piece.heads + head) * piece.run_bytes
+                stride = piece.medium_stride or piece.run_bytes
+                offset = piece.offset + block * piece.heads * piece.run_bytes + head * stride
                 at = piece.address - base + block * piece.block_stride + head * piece.head_stride
                 yield slice(offset, offset + piece.run_bytes), slice(at, at + piece.run_bytes)
 

@@ -34,16 +34,25 @@ static uint64_t run_address(const glue_piece *piece, const struct transfer *at)
     return piece->address + at->block * piece->block_stride + at->head * piece->head_stride + at->in_run;
 }
 
+/* Bytes of the piece before this place, in the medium's order. */
+static uint64_t bytes_before(const glue_piece *piece, const struct transfer *at)
+{
+    return ((uint64_t)at->block * piece->heads + at->head) * piece->run_bytes + at->in_run;
+}
+
 static uint64_t medium_offset(const glue_piece *piece, const struct transfer *at)
 {
-    return piece->offset + ((uint64_t)at->block * piece->heads + at->head) * piece->run_bytes + at->in_run;
+    if (piece->medium_stride)
+        return piece->offset + at->head * piece->medium_stride + at->in_run;
+    return piece->offset + bytes_before(piece, at);
 }
 
 void command_cut(glue_queue *queue, struct transfer *transfer, struct command *command)
 {
     uint32_t begun = transfer->piece;
     const glue_piece *piece = &transfer->pieces[begun];
-    *command = (struct command){.iov = command->iov, .owner = transfer, .op = transfer->op, .file = piece->file};
+    *command = (struct command){
+        .iov = command->iov, .owner = transfer, .op = transfer->op, .file = (uint32_t)piece->file};
     if (transfer->op >= GLUE_TRIM) {
         command->offset = piece->offset;
         command->span = piece_bytes(piece);
@@ -52,7 +61,7 @@ void command_cut(glue_queue *queue, struct transfer *transfer, struct command *c
     }
     command->offset = medium_offset(piece, transfer);
     command->piece = begun;
-    command->begin = command->offset - piece->offset;
+    command->begin = bytes_before(piece, transfer);
     while (!transfer->cut_all && transfer->piece == begun && command->bytes < queue->command_bytes) {
         uint64_t left = piece->run_bytes - transfer->in_run;
         uint64_t room = queue->command_bytes - command->bytes;
@@ -60,8 +69,11 @@ void command_cut(glue_queue *queue, struct transfer *transfer, struct command *c
         if (!add_segment(command, queue->iov_capacity, run_address(piece, transfer), take))
             break;
         transfer->in_run += take;
-        if (transfer->in_run == piece->run_bytes)
-            next_run(transfer);
+        if (transfer->in_run < piece->run_bytes)
+            continue;
+        next_run(transfer);
+        if (piece->medium_stride)
+            break; /* the next run lies elsewhere */
     }
 }
 

@@ -21,8 +21,9 @@ enum {
 };
 
 /* A strided piece of one transfer. On the medium it is contiguous from `offset`, in block order
- * and within a block in head order, each run `run_bytes` long. In memory, run (block b, head h)
- * begins at address + b * block_stride + h * head_stride. One plain buffer: heads = blocks = 1. */
+ * and within a block in head order, each run `run_bytes` long; or, where `medium_stride` is not 0, the
+ * runs of its one block are that far apart. In memory, run (block b, head h) begins at
+ * address + b * block_stride + h * head_stride. One plain buffer: heads = blocks = 1. */
 typedef struct {
     uint64_t offset;        /* bytes from the start of the file or namespace */
     uint64_t address;
@@ -30,9 +31,9 @@ typedef struct {
     uint64_t block_stride;  /* bytes */
     uint64_t run_bytes;
     uint32_t heads;
-    uint32_t blocks;
-    uint32_t file;          /* index into the files the queue was opened with */
-    uint32_t reserved;
+    uint32_t blocks;        /* 1 where there is a medium_stride */
+    uint64_t file;          /* index into the files the queue was opened with */
+    uint64_t medium_stride; /* bytes from one head's run to the next one's, run_bytes at least; 0: contiguous */
 } glue_piece;
 
 /* Where the device has what a piece names in host memory: run (block b, head h) at

@@ -15,8 +15,8 @@ static int pieces_overlap(const struct transfer *a, const struct transfer *b)
     for (uint32_t i = 0; i < a->count; i++)
         for (uint32_t j = 0; j < b->count; j++) {
             const glue_piece *p = &a->pieces[i], *q = &b->pieces[j];
-            if (p->file == q->file && p->offset < q->offset + piece_bytes(q) &&
-                q->offset < p->offset + piece_bytes(p))
+            if (p->file == q->file && p->offset < q->offset + piece_span(q) &&
+                q->offset < p->offset + piece_span(p))
                 return 1;
         }
     return 0;
@@ -248,8 +248,8 @@ static void start_copies(const glue_queue *queue, struct transfer *transfer, con
     if (!error)
         return;
     fail_copies(transfer, error);
-    transfer->done.offset = piece->offset + command->begin;
-    transfer->done.file = piece->file;
+    transfer->done.offset = command->offset - command->moved;
+    transfer->done.file = command->file;
 }
 
 static void handle_event(glue_queue *queue, struct event *event)

@@ -221,9 +221,12 @@ static struct transfer *transfer_new(int op, uint64_t tag, const glue_piece *pie
 /* The piece ends at or before the largest file offset there is, so no later sum can wrap. */
 static int piece_fits(const glue_piece *piece)
 {
-    uint64_t bytes, end;
+    uint64_t bytes, apart, end;
+    if (piece->medium_stride && (piece->blocks != 1 || piece->medium_stride < piece->run_bytes))
+        return 0;
     return !__builtin_mul_overflow(piece->run_bytes, (uint64_t)piece->heads * piece->blocks, &bytes) &&
-           !__builtin_add_overflow(piece->offset, bytes, &end) && end <= INT64_MAX;
+           !__builtin_mul_overflow(piece->medium_stride, (uint64_t)piece->heads, &apart) &&
+           !__builtin_add_overflow(piece->offset, bytes > apart ? bytes : apart, &end) && end <= INT64_MAX;
 }
 
 static int pieces_check(const glue_queue *queue, int op, const glue_piece *pieces, uint32_t count)
@@ -235,6 +238,8 @@ static int pieces_check(const glue_queue *queue, int op, const glue_piece *piece
     for (uint32_t i = 0; i < count; i++) {
         const glue_piece *piece = &pieces[i];
         if (piece->file >= queue->options.num_files && piece->file)
+            return -EINVAL;
+        if (op == GLUE_TRIM && piece->medium_stride)
             return -EINVAL;
         if (op <= GLUE_TRIM && (!piece->run_bytes || !piece->heads || !piece->blocks || !piece_fits(piece)))
             return -EINVAL;

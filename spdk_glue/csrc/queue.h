@@ -79,4 +79,12 @@ static inline uint64_t piece_bytes(const glue_piece *piece)
     return piece->run_bytes * piece->heads * piece->blocks;
 }
 
+/* From its first byte on the medium to behind its last one. */
+static inline uint64_t piece_span(const glue_piece *piece)
+{
+    if (!piece->medium_stride)
+        return piece_bytes(piece);
+    return (piece->heads - 1) * piece->medium_stride + piece->run_bytes;
+}
+
 #endif

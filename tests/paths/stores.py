@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -49,7 +49,8 @@ class MemPath(RawPath):
 @dataclass(frozen=True)
 class Shape:
     """layers, batch, heads, head_dim: of the model. tokens: what it will hold. tail_bytes: see
-    choose_layout. depth, spare: layers fetched ahead, and slots beyond what that takes."""
+    choose_layout. group: of few blocks, so that short tensors have several. depth, spare: layers fetched
+    ahead, and slots beyond what that takes."""
 
     layers: int = 2
     batch: int = 1
@@ -58,6 +59,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     tokens: int = 64
     tail_bytes: int | None = None
+    group: int = 3
     depth: int = 0
     spare: int = 0
     capacity: int = 64
@@ -101,7 +103,7 @@ def make_store(
 ) -> KVStore:
     """placed: every tensor has its room from the start, on the paths in turn."""
     specs = shape.specs
-    layouts = {spec.key: choose_layout(spec, shape.tail_bytes) for spec in specs}
+    layouts = {spec.key: replace(choose_layout(spec, shape.tail_bytes), group=shape.group) for spec in specs}
     placer = Alternating(list(paths))
     store = kind(
         specs,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualblade.layout import BEST_RUN, GOOD_RUN, PAGE, TAIL_PART, Layout, choose_layout, smallest_block
+from dualblade.layout import BEST_BLOCK, BEST_RUN, PAGE, TAIL_PART, Layout, choose_layout, smallest_block
 from dualblade.tensors import TensorKey, TensorSpec
 
 row_bytes = st.builds(
@@ -71,14 +71,14 @@ def test_tensors_of_different_rows_share_one_capacity(parts: list[tuple[int, int
 
 def fits(spec: TensorSpec, block: int, tail_bytes: int | None) -> bool:
     return (
-        block * spec.row_bytes <= BEST_RUN
-        and block * (TAIL_PART if block * spec.row_bytes <= GOOD_RUN else 2 * TAIL_PART) <= spec.tokens
+        block * spec.row_bytes <= BEST_BLOCK
+        and block * TAIL_PART <= spec.tokens
         and (tail_bytes is None or block * spec.token_bytes <= tail_bytes)
     )
 
 
 @given(specs, st.one_of(st.none(), st.integers(0, 1 << 32)))
-def test_the_longest_run_within_the_limits(spec: TensorSpec, tail_bytes: int | None) -> None:
+def test_the_longest_block_within_the_limits(spec: TensorSpec, tail_bytes: int | None) -> None:
     layout = choose_layout(spec, tail_bytes)
     smallest = smallest_block(spec.row_bytes)
     assert (layout.runs, layout.row_bytes) == (spec.runs, spec.row_bytes)
@@ -87,28 +87,35 @@ def test_the_longest_run_within_the_limits(spec: TensorSpec, tail_bytes: int | N
     assert not fits(spec, 2 * layout.block_tokens, tail_bytes)
 
 
+@given(specs, st.one_of(st.none(), st.integers(0, 1 << 32)))
+def test_groups_have_the_longest_run_whatever_the_block(spec: TensorSpec, tail_bytes: int | None) -> None:
+    layout = choose_layout(spec, tail_bytes)
+    assert layout.group_run_bytes <= BEST_RUN < layout.group_run_bytes + layout.run_bytes or layout.group == 1
+
+
 @given(specs, st.integers(0, 1 << 32), st.integers(0, 1 << 32))
-def test_a_larger_allowance_never_shortens_the_run(spec: TensorSpec, one: int, other: int) -> None:
+def test_a_larger_allowance_never_shortens_the_block(spec: TensorSpec, one: int, other: int) -> None:
     less, more = sorted((one, other))
     assert choose_layout(spec, less).run_bytes <= choose_layout(spec, more).run_bytes
     assert choose_layout(spec, more).run_bytes <= choose_layout(spec).run_bytes
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "itemsize", "count", "tail_bytes", "block_tokens"),
+    ("head_dim", "itemsize", "count", "tail_bytes", "block_tokens", "group"),
     [
-        (128, 2, 65536, None, 512),  # Llama-3-8B: runs of 128 KiB
-        (128, 2, 65536, 64 * 1024 * 8, 256),
-        (128, 2, 65536, 0, 16),
-        (128, 2, 100, None, 16),
-        (64, 2, 65536, None, 1024),
-        (96, 2, 65536, None, 512),  # 96 KiB: twice as long would be too long
-        (80, 4, 65536, None, 256),
-        (1, 1, 10, None, 4096),
+        (128, 2, 65536, None, 64, 8),  # Llama-3-8B: 16 KiB a head, in runs of 128 KiB
+        (128, 2, 65536, 32 * 256 * 8, 32, 16),
+        (128, 2, 65536, 0, 16, 32),
+        (128, 2, 100, None, 16, 32),
+        (64, 2, 65536, None, 128, 8),
+        (96, 2, 65536, None, 64, 10),  # 12 KiB: twice as long would be too long
+        (80, 4, 65536, None, 64, 6),  # 20 KiB are the fewest whole pages
+        (1, 1, 10, None, 4096, 32),
     ],
 )
 def test_layouts_of_known_models(
-    head_dim: int, itemsize: int, count: int, tail_bytes: int | None, block_tokens: int
+    head_dim: int, itemsize: int, count: int, tail_bytes: int | None, block_tokens: int, group: int
 ) -> None:
     spec = TensorSpec(TensorKey(0, "K"), 1, 8, head_dim, itemsize, count)
-    assert choose_layout(spec, tail_bytes).block_tokens == block_tokens
+    layout = choose_layout(spec, tail_bytes)
+    assert (layout.block_tokens, layout.group) == (block_tokens, group)
