@@ -177,7 +177,7 @@ class LiveGovernor:
         waste = seen.pages.cached - ours
         held = snapshot.process_anon + snapshot.process_hugetlb + budget.mapped + max(0, waste)
         footprint = self._footprint()
-        to_take = max(footprint.reserve_bytes, footprint.total - held)
+        to_take = max(0, footprint.total - held)  # in a forward pass of a prompt the reserve is held already
         room = snapshot.available
         if snapshot.cgroup_headroom is not None:  # our own dirty pages will be clean, and ours again
             room = min(room, snapshot.cgroup_headroom + seen.pages.dirty)

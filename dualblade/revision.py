@@ -19,6 +19,7 @@ from dualblade.units import format_size
 SOME_PRESSED = 10.0  # per cent of the last 10 s in which some task waited for memory
 FULL_PRESSED = 1.0  # in which all of them did
 REFAULT_PART = 16  # of the resident pages, read back since the last look, is pressure too
+MARGIN_PART = 8  # of the band, by which more is given up than was asked for
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
 
@@ -169,7 +170,7 @@ def _look(facts: Facts, state: GovernorState, limits: Limits) -> GovernorState:
     """Take in a new look; one that was seen before changes nothing."""
     if facts.number == state.number:
         return state
-    margin = limits.band // 2
+    margin = limits.band // MARGIN_PART
     own, better_own = _settle(
         -_rounded(facts, margin), None if state.own is None else -state.own, state.better_own, limits, 0
     )
@@ -188,7 +189,9 @@ def _rounded(facts: Facts, step: int) -> int:
 def _settle(seen: int, current: int | None, better: int, limits: Limits, margin: int) -> tuple[int, int]:
     """The value in force, and for how many looks there has been more. Less counts at once, with a margin
     below it, so that the next small change is none."""
-    if current is None or seen < current:
+    if current is None:
+        return seen, 0
+    if seen < current:
         return seen - margin, 0
     if seen < current + limits.band:
         return current, 0
