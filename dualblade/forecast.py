@@ -12,7 +12,7 @@ from dualblade.device_cuda import Accelerator
 from dualblade.errors import BudgetError
 from dualblade.handles import STREAMED
 from dualblade.layers import kept_bytes, kv_specs
-from dualblade.models import HEAP_SLACK, activation_bytes, paused_bytes
+from dualblade.models import DECODE_SLACK, HEAP_SLACK, activation_bytes, paused_bytes
 from dualblade.offload import make_request
 from dualblade.planner import RunPlan, make_plan
 from dualblade.residency import MemorySnapshot
@@ -136,6 +136,14 @@ class Forecast:
         )  # fmt: skip
         if prefill.span > prefill.chunk:
             passing += prefill.span * self._paused(context)
+        return passing + kept_bytes(self.config, self.batch, context, self.itemsize)
+
+    def decode_activations(self, context: int, prefill: Prefill) -> int:
+        """Of one token a sequence."""
+        attention = STREAMED if prefill.streamed else self.attention
+        passing = activation_bytes(
+            self.config, self.batch, 1, context, self.itemsize, attention, slack=DECODE_SLACK
+        )
         return passing + kept_bytes(self.config, self.batch, context, self.itemsize)
 
     def _paused(self, context: int) -> int:

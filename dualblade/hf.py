@@ -318,12 +318,20 @@ class DualBladeCache(Cache):
         if layer == max(key.layer for key in store.tensors):
             self._batch = len(chosen)
 
+    def decode_begins(self, activation_bytes: int) -> None:
+        """The prompt is done: until reset() a forward pass holds at most so many bytes. What a longer one
+        had reserved may cache KV."""
+        if self._storage and self._storage.governor:
+            self._storage.governor.reserve(activation_bytes)
+
     def reset(self) -> None:
         """Forget every token; the rooms are kept for the next prompt of the same batch.
 
         Raises StorageError."""
         if self._storage:
             self._storage.store.reset()
+            if self._storage.governor:
+                self._storage.governor.reserve(None)
             self._batch = self._room
         for shape in layer_shapes(self.config):  # their states may be inference tensors, of a smaller batch
             if not shape.offloaded:

@@ -70,6 +70,7 @@ class LiveGovernor:
         self.note: str | None = None
         self.share: int | None = None
         self._budget = budget
+        self._reserve: int | None = None
         self._placer = placer
         self._open_path = open_path
         self._trace = _open_trace(trace)
@@ -111,6 +112,10 @@ class LiveGovernor:
         if number != self._decided or (self._more and self.migrator.idle):
             self._decided = number
             self._decide(number, seen)
+
+    def reserve(self, nbytes: int | None) -> None:
+        """What a forward pass holds from here on, at most what was planned; None: that."""
+        self._reserve = nbytes
 
     # decide ---------------------------------------------------------------------------------
 
@@ -197,9 +202,15 @@ class LiveGovernor:
         )
 
     def _footprint(self) -> Footprint:
-        """With the unfinished blocks that are in memory of their own now."""
+        """With the unfinished blocks that are in memory of their own now, and passes as they are now."""
+        planned = self._budget.footprint
+        reserve = planned.reserve_bytes if self._reserve is None else self._reserve
         copied = (tensor for tensor in self.tensors.values() if tensor.mapped is None)
-        return replace(self._budget.footprint, tails_bytes=sum(each.layout.block_bytes for each in copied))
+        return replace(
+            planned,
+            tails_bytes=sum(each.layout.block_bytes for each in copied),
+            reserve_bytes=min(reserve, planned.reserve_bytes),
+        )
 
     def _refaulted(self, number: int, seen: Look) -> int:
         """Bytes read back between this look and the one before."""

@@ -24,6 +24,7 @@ from dualblade.units import MIB
 # What the C library's heap keeps between the tensors of a pass; with a quarter more of the tensors
 # themselves, measured on passes of 0.1 to 1 GiB.
 HEAP_SLACK = 48 * MIB
+DECODE_SLACK = 16 * MIB  # the same, when one token passes: what a prompt left behind is seen by then
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -206,8 +207,10 @@ def activation_bytes(
     itemsize: int,
     attention: str = "sdpa",
     all_logits: bool = False,
+    slack: int = HEAP_SLACK,
 ) -> int:
-    """An upper estimate of what one forward pass holds beside weights and KV, in bytes.
+    """An upper estimate of what one forward pass holds beside weights and KV, in bytes. slack: of it, for
+    what the allocator keeps.
 
     The widest moments of a pre-norm decoder: the MLP's inner rows, or attention with its mask;
     `eager` also has K and V repeated for every query head, and the scores; `dualblade` its accumulators.
@@ -227,7 +230,7 @@ def activation_bytes(
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         attending += scratch_bytes(batch, heads, kv_heads, head_dim, chunk)
     logits = (rows if all_logits else batch) * text.vocab_size * (itemsize + 8)
-    return max(mlp, attending) * 5 // 4 + logits + HEAP_SLACK
+    return max(mlp, attending) * 5 // 4 + logits + slack
 
 
 def paused_bytes(

@@ -88,10 +88,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class GovernorState:
-    """What is kept from decision to decision. number: the last look. own, room: in force, see Facts.
+    """What is kept from decision to decision. number: the last look. footprint: planned then. own, room: in
+    force, see Facts.
     better_*: looks for which there was more. demoted: the look of the last demotion."""
 
     number: int = -1
+    footprint: int | None = None
     own: int | None = None
     room: int | None = None
     better_own: int = 0
@@ -171,6 +173,7 @@ def _look(facts: Facts, state: GovernorState, limits: Limits) -> GovernorState:
     if facts.number == state.number:
         return state
     margin = limits.band // MARGIN_PART
+    state = _freed(facts, state, margin)
     own, better_own = _settle(
         -_rounded(facts, margin), None if state.own is None else -state.own, state.better_own, limits, 0
     )
@@ -178,6 +181,15 @@ def _look(facts: Facts, state: GovernorState, limits: Limits) -> GovernorState:
     return replace(
         state, number=facts.number, own=-own, room=room, better_own=better_own, better_room=better_room
     )
+
+
+def _freed(facts: Facts, state: GovernorState, margin: int) -> GovernorState:
+    """A plan that takes less from now on, as after a prompt, is no change that has to last first."""
+    freed = 0 if state.footprint is None else state.footprint - facts.footprint
+    state = replace(state, footprint=facts.footprint)
+    if freed <= margin or state.own is None or state.room is None:
+        return state
+    return replace(state, own=state.own - freed, room=state.room + freed)
 
 
 def _rounded(facts: Facts, step: int) -> int:

@@ -62,7 +62,8 @@ class Generation:
     """One prompt on one model with one cache.
 
     chunk: prompt tokens of a forward pass. span: tokens that pass a layer before the next one is begun, a
-    multiple of chunk. on_prefill(done, total) and on_token(ids) are called as the work goes on.
+    multiple of chunk. on_prefill(done, total), on_decode() before the second token and on_token(ids) are
+    called as the work goes on.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Generation:
         span: int,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         on_token: Callable[[list[int]], None] = lambda ids: None,
+        on_decode: Callable[[], None] = lambda: None,
     ):
         self.model = model
         self.cache = cache
@@ -86,6 +88,7 @@ class Generation:
         self.span = span
         self.on_prefill = on_prefill
         self.on_token = on_token
+        self.on_decode = on_decode
         self._last_only = last_position_only(model)
         self._device = next(model.parameters()).device
         self._random = torch.Generator().manual_seed(sampling.seed)
@@ -98,6 +101,7 @@ class Generation:
         begun = time.perf_counter()
         logits = self.prefill()
         result.prefill_s = time.perf_counter() - begun
+        self.on_decode()
         begun = time.perf_counter()
         for tokens in self._decode(logits, max_new_tokens):
             result.steps += 1

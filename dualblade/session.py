@@ -301,6 +301,10 @@ class Session:
                 self.settings.cgroup.decode_begins()
             watcher.prefill(done, total)
 
+        def on_decode() -> None:
+            if isinstance(cache, DualBladeCache):
+                cache.decode_begins(self.forecast.decode_activations(self.context, self.prefill))
+
         eos = runner.end_tokens(model) if readable else frozenset()
         sampling = self.options.sampling
         generation = runner.Generation(
@@ -313,6 +317,7 @@ class Session:
             self.prefill.span,
             on_prefill,
             on_token,
+            on_decode,
         )
         result = generation.run(self.options.max_new_tokens)
         return result, stream.end() if stream else None

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from dualblade.bench.direct_qd1 import BLOCK, DirectQd1Cache
 from dualblade.bench.flexgen import COPY_THREADS, FlexGenCache
 from dualblade.bench.token_major import OneLayerCache
-from dualblade.bench.workloads import Need
+from dualblade.bench.workloads import Need, decode_activations
 from dualblade.device import CpuDevice
 from dualblade.errors import UsageError
 from dualblade.hf import DualBladeCache
@@ -69,6 +69,9 @@ class Subject(ABC):
     def cached_fds(self) -> Iterable[int]:
         """Files whose pages count as this process's memory."""
         return ()
+
+    def decode_begins(self) -> None:  # noqa: B027 (most have nothing to do)
+        """The prompt is done."""
 
     def facts(self) -> dict[str, Any]:
         """What a reader of the figures has to know."""
@@ -196,6 +199,10 @@ class DualBlade(Subject):
             dtype=stage.dtype,
             settings=settings,
         )
+        self._decoding = decode_activations(stage.config, stage.batch, stage.tokens, stage.dtype)
+
+    def decode_begins(self) -> None:
+        self.cache.decode_begins(self._decoding)
 
     def rows(self, key: TensorKey) -> torch.Tensor:
         store = self.cache.storage.store

@@ -120,7 +120,7 @@ def _measure(trial: Trial, model: Any, subject: Subject, tell: Callable[[int], N
     workload, watch = trial.workload, Watch(subject, tell)
     generation = WatchedGeneration(
         model, subject.cache, make_prompt(workload, model.config), Sampling(), frozenset(),
-        workload.chunk, workload.context, on_token=watch.on_token,
+        workload.chunk, workload.context, on_token=watch.on_token, on_decode=subject.decode_begins,
     )  # fmt: skip
     generation.logits = []
     result = generation.run(workload.new_tokens)

@@ -142,6 +142,12 @@ def _activations(workload: Workload, config: PreTrainedConfig, dtype: torch.dtyp
     return passing + workload.context * paused + kept
 
 
+def decode_activations(config: PreTrainedConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
+    """Of one token a sequence going through."""
+    passing = models.activation_bytes(config, batch, 1, tokens, dtype.itemsize, slack=models.DECODE_SLACK)
+    return passing + kept_bytes(config, batch, tokens, dtype.itemsize)
+
+
 def read_budgets(text: str, need: Need) -> list[Budget]:
     """Fractions of the KV bytes, or sizes of the whole process: "0.25,0.5,6G". Raises UsageError."""
     return [_budget(part.strip(), need) for part in text.split(",")]

@@ -164,6 +164,19 @@ def test_a_wobble_within_the_band_moves_nothing() -> None:
         assert not decision.moves
 
 
+def test_what_a_prompt_had_reserved_is_there_at_once() -> None:
+    """A plan that takes less is nothing that has to last first."""
+    facts = replace(FACTS, budget=FACTS.footprint + 256 * MIB, room=256 * MIB)
+    states, state, _ = settle(tensors([32] * 16), facts, GovernorState(), LIMITS)
+    freed = 48 * MIB
+    after = replace(facts, number=900, footprint=facts.footprint - freed, room=facts.room + freed)
+    decision = revise(states, after, state, LIMITS)
+    assert decision.share == (256 + 48) * MIB
+    assert {move.to for move in decision.moves} == {PathKind.PAGE_CACHE}
+    again = revise(states, replace(after, number=901, footprint=facts.footprint), decision.state, LIMITS)
+    assert again.share == 256 * MIB, "the next prompt takes it back"
+
+
 def test_no_copy_for_the_last_tokens() -> None:
     facts = replace(FACTS, steps_left=3)
     assert revise(tensors([0] * 16), facts, GovernorState(), LIMITS).moves == ()
