@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same bits again with KV on NVMe namespaces behind SPDK's driver, alone and beside the page cache."""
+"""The same bits again with KV on NVMe namespaces behind SPDK's driver, alone and beside the page cache.
+
+`make test` runs every pair of values, `make test-full` every combination, in every pipeline mode.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from allpairspy import AllPairs
 from families import CONFIGS
-from test_exact import Case, Way, check, name
+from test_exact import MODES, Case, Way, check, name
 from test_streamed import assert_streamed_bits
 
 from dualblade.emulate import EmulatedTarget
@@ -29,6 +32,7 @@ VALUES = [
     [None, 50],
     ["direct", "auto"],
     ["vfio-user", "tcp"],
+    MODES,
 ]
 
 
@@ -47,7 +51,10 @@ def targets() -> Iterator[dict[str, str]]:
 
 
 def cases(rows: object) -> list[tuple[Case, str]]:
-    return [(Case(Way(*row[:5]), row[5], "spdk"), row[6]) for row in rows]  # type: ignore[attr-defined]
+    return [
+        (Case(Way(*way), kv_path, "spdk", pipeline), transport)
+        for *way, kv_path, transport, pipeline in rows  # type: ignore[attr-defined]
+    ]
 
 
 def label(value: object) -> str:
