@@ -77,11 +77,13 @@ def _compare(whole: Expected, chunks: Expected, new_tokens: int | None) -> tuple
     if missing := list(dict.fromkeys(whole.unmeasured + chunks.unmeasured)):
         return False, f"the speeds are not all measured: {'; '.join(missing)}"
     both = (
-        f"a token is predicted to take {duration(chunks.decode_s)} streamed and "
-        f"{duration(whole.decode_s)} in one piece"
+        f"a token is predicted to take {duration(whole.decode_s)} in one piece and "
+        f"{duration(chunks.decode_s)} streamed"
     )
+    if chunks.decode_s >= whole.decode_s:
+        return False, both
     if chunks.decode_s * MARGIN >= whole.decode_s:
-        return False, f"{both}, and less than a factor of {MARGIN} is not worth other roundings"
+        return False, f"{both}, which is too little to give up exact bits for"
     enough = _pays_from(whole, chunks)
     if new_tokens is not None and new_tokens < enough:
         return False, f"{both}, but the prompt takes longer: it pays from {enough} new tokens on"
