@@ -18,11 +18,11 @@ import pytest
 import torch
 from allpairspy import AllPairs
 from families import CONFIGS, model_of, padded_prompt
+from modes import EVERY_MODE, MODES
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache
 from dualblade.layers import kv_specs
-from dualblade.pipeline import Mode
 from spdk_glue import Queue
 
 PROMPT, NEW = 230, 24
@@ -45,7 +45,6 @@ class Case(NamedTuple):
     pipeline: str
 
 
-MODES = [mode.value for mode in Mode]
 VALUES = [
     list(CONFIGS),
     [torch.float32, torch.bfloat16],
@@ -186,9 +185,10 @@ def test_every_pair_is_there() -> None:
 
 
 @pytest.mark.needs("uring", "o_direct")
+@pytest.mark.parametrize("mode", EVERY_MODE)
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_growing_without_a_known_end(family: str, depth: int, direct_dir: Path) -> None:
+def test_growing_without_a_known_end(family: str, depth: int, mode: str, direct_dir: Path) -> None:
     """No max_tokens, no batch_size: slots and tensors grow while generating, at every prefetch depth."""
     way = Way(family, torch.float32, 4, False, 50)
     with DualBladeCache(
@@ -198,5 +198,6 @@ def test_growing_without_a_known_end(family: str, depth: int, direct_dir: Path) 
         cache_dir=direct_dir,
         capacity="64M",
         prefetch_depth=depth,
+        pipeline=mode,
     ) as cache:
         assert_same(way, cache)

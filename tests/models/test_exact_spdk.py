@@ -14,7 +14,8 @@ import pytest
 import torch
 from allpairspy import AllPairs
 from families import CONFIGS
-from test_exact import MODES, Case, Way, check, name
+from modes import EVERY_MODE, MODES
+from test_exact import Case, Way, check, name
 from test_streamed import assert_streamed_bits
 
 from dualblade.emulate import EmulatedTarget
@@ -72,9 +73,10 @@ def test_all(case: Case, transport: str, targets: dict[str, str], direct_dir: Pa
     check(case, direct_dir, nvme=targets[transport])
 
 
+@pytest.mark.parametrize("mode", EVERY_MODE)
 @pytest.mark.parametrize("transport", ["vfio-user", "tcp"])
 def test_streamed(
-    transport: str, targets: dict[str, str], direct_dir: Path, monkeypatch: pytest.MonkeyPatch
+    transport: str, mode: str, targets: dict[str, str], direct_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dualblade.pipeline.STREAM_CHUNK", 1)
-    assert_streamed_bits("llama", torch.bfloat16, 4, 50, direct_dir, nvme=targets[transport])
+    assert_streamed_bits("llama", torch.bfloat16, 4, 50, direct_dir, nvme=targets[transport], pipeline=mode)
