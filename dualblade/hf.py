@@ -23,6 +23,8 @@ from dualblade.host.budget_cgroup import BudgetCgroup
 from dualblade.layers import kv_specs, layer_shapes
 from dualblade.offload import Offload
 from dualblade.settings import CacheSettings
+from dualblade.stream_choice import FASTER, Choice
+from dualblade.stream_plans import settings_for_cache
 from dualblade.streamed_store import StreamedStore
 from dualblade.streaming import Piece
 from dualblade.tensors import TensorKey, TensorSpec
@@ -104,15 +106,14 @@ class DualBladeCache(Cache):
     """A KV cache larger than its memory, for any `generate()`.
 
     nvme: where the direct path lives (see the README's TARGET); None: a file of this process alone.
-    mem_budget: host memory of the whole process. max_tokens and batch_size let everything be
-    placed before the first token; without them tensors grow by contiguous segments. stream: "auto" where
-    one layer's K and V do not fit the budget, "never" or "always"; it takes a model that was built with
-    attn_implementation="dualblade", and "auto" is "never" for any other. enforce: put the process in a
-    memory cgroup of mem_budget until the cache is closed; where that cannot be, a RuntimeWarning says why,
-    and the budget is kept by planning. live: tensors change paths as the memory changes; None: as the
-    policy has it. device: the model's; without it rooms are taken at the first forward pass where there is
-    a CUDA device. settings: all of these at once,
-    already checked.
+    mem_budget: host memory of the whole process. max_tokens and batch_size let everything be placed before
+    the first token; without them tensors grow by contiguous segments. stream: "auto" where one layer's K and
+    V do not fit the budget, "faster" also where a token is predicted to take less time, "never" or "always";
+    it takes a model that was built with attn_implementation="dualblade", and "auto" and "faster" are "never"
+    for any other. enforce: put the process in a memory cgroup of mem_budget until the cache is closed; where
+    that cannot be, a RuntimeWarning says why, and the budget is kept by planning. live: tensors change paths
+    as the memory changes; None: as the policy has it. device: the model's; without it rooms are taken at the
+    first forward pass where there is a CUDA device. settings: all of these at once, already checked.
 
     Raises UsageError, ConfigError, BudgetError, TargetError, CapacityError.
     """
@@ -160,6 +161,7 @@ class DualBladeCache(Cache):
         self.config = config
         self._max_tokens = max_tokens
         self._storage: Offload | None = None
+        self._choice: Choice | None = None
         self._spared = ExitStack()
         self._cgroup = self._enforced() if enforce else None
         self._device: CpuDevice | None = None
@@ -212,10 +214,16 @@ class DualBladeCache(Cache):
 
     def _open(self, specs: tuple[TensorSpec, ...], dtype: torch.dtype, where: torch.device) -> None:
         settings = with_ring(self.settings, where)
+        if settings.stream == FASTER:
+            settings, self._choice = settings_for_cache(
+                self.config, specs, dtype, settings, grows=self._max_tokens is None
+            )
         self._device = device_for(where, dtype)
         self._batch = specs[0].batch if specs else 0
         grows = bool(specs) and not self._max_tokens
         self._storage = Offload(specs, settings, self._device, grows)
+        if self._choice:
+            self._choice = self._choice.carried_out(self._storage.chunks is not None)
         self._spared.enter_context(leave_a_cpu(self._storage.polling_threads > 0))
 
     @property
@@ -354,6 +362,7 @@ class DualBladeCache(Cache):
         """The parts "memory", "paths", "placements" and "pipeline" of `run --json`."""
         report = self.storage.report()
         report["pipeline"]["compute_threads"] = torch.get_num_threads()
+        report["pipeline"]["stream_choice"] = self._choice.record() if self._choice else None
         return report
 
     def close(self) -> None:

@@ -288,8 +288,8 @@ class Offload:
             self.store.close()
 
 
-def _by_spdk(nvme: str | None) -> bool:
-    """All of its memory is taken at the start, the unfinished blocks' too."""
+def by_spdk(nvme: str | None) -> bool:
+    """Then all of its memory is taken at the start, the unfinished blocks' too, and a thread polls."""
     try:
         return nvme is not None and find_target(nvme).by_spdk
     except DualBladeError:
@@ -322,5 +322,5 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
         stream=settings.stream,
         ring=settings.ring,
         live=settings.live,
-        in_place=not settings.checksum and not _by_spdk(settings.nvme),
+        in_place=not settings.checksum and not by_spdk(settings.nvme),
     )

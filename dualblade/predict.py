@@ -29,6 +29,7 @@ from dualblade.models import decoder_layers, text_config
 from dualblade.pipeline import STREAM_SLOTS, Mode
 from dualblade.planner import RunPlan
 from dualblade.speeds import ASSUMED
+from dualblade.stream_choice import Expected
 from dualblade.tensors import PathKind
 from dualblade.units import GIB
 
@@ -57,6 +58,11 @@ class Prediction:
         if self.compute.source == ASSUMED:
             found.append("the CPU's speed is assumed; `run` measures it")
         return [text for text in found if text]
+
+    @property
+    def expected(self) -> Expected:
+        """What is compared with the same run in another way."""
+        return Expected(self.decode.seconds, self.prefill.seconds, tuple(self.assumed))
 
     def _counts(self, kind: PathKind) -> bool:
         return kind is PathKind.DIRECT or self.decode.copy_s > 0

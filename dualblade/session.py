@@ -11,24 +11,26 @@ from typing import Any
 
 from dualblade import loading, models, runner
 from dualblade.achieved import remember_run
-from dualblade.bench.compute import compute_name, measure_compute
+from dualblade.bench.compute import compute_name, known_compute, measure_compute
 from dualblade.cost import ComputeRates
 from dualblade.device import leave_a_cpu
 from dualblade.device_cuda import find_accelerator
-from dualblade.errors import ConfigError, DualBladeError, UsageError
+from dualblade.errors import BudgetError, ConfigError, DualBladeError, UsageError
 from dualblade.forecast import DEVICE_PART, Forecast, Prefill, check_machine, device_bytes
 from dualblade.groups import group_sizes, group_slices, largest_group
 from dualblade.handles import STREAMED, in_memory_cache
 from dualblade.hf import DualBladeCache
 from dualblade.host.heap import return_large_blocks
 from dualblade.host.sysfs import Host
+from dualblade.offload import by_spdk
 from dualblade.planner import RunPlan
 from dualblade.predict import Prediction, model_shape, predict
 from dualblade.residency import MemorySnapshot, take_snapshot
 from dualblade.runner import Generated
 from dualblade.settings import CacheSettings
-from dualblade.speeds import compute_rates, remember_compute, storage_rates
-from dualblade.targets import find_target
+from dualblade.speeds import remember_compute, storage_rates
+from dualblade.stream_choice import FASTER, Choice, Expected, choice_words
+from dualblade.stream_plans import choose_forecast
 from dualblade.zoo import resolve
 
 
@@ -85,9 +87,27 @@ class Session:
         models.check_context(self.config, self.context)
         empty = models.empty_model(self.config, self.dtype, options.attention, shared=self.dummy)
         self.shape = model_shape(self.config, empty, self.dtype.itemsize)
-        self.groups, self.forecast = self._form_groups(self._forecast(empty), take_snapshot(Host()))
+        forecast = self._forecast(empty)
+        choice: Choice | None = None
+        if options.settings.stream == FASTER:
+            new_tokens = None if plan_only else options.max_new_tokens
+            choice, forecast = choose_forecast(forecast, self._expect, new_tokens)
+        self._take(forecast)
+        self.choice = choice.carried_out(self.prefill.streamed) if choice else None
+
+    def _take(self, forecast: Forecast) -> None:
+        """Plan for this one from now on."""
+        self.groups, self.forecast = self._form_groups(forecast, take_snapshot(Host()))
         self.prefill = self._prefill(self.forecast, take_snapshot(Host()))
         self.settings = self.forecast.settings_for(self.context, self.prefill)
+
+    def _expect(self, forecast: Forecast) -> Expected | None:
+        """None where neither the budget nor the machine holds it."""
+        self._take(forecast)
+        try:
+            return self.predict(self.plan()).expected
+        except BudgetError:
+            return None
 
     def _load_tokenizer(self) -> Any:
         if self.options.prompt_len:
@@ -188,8 +208,7 @@ class Session:
         """What a run of `plan` will take. compute: as measured now; None for what is known of this CPU."""
         folder = self.settings.cache_dir
         if compute is None:
-            name = compute_name(self.config, self.dtype, self.prefill.streamed)
-            compute = compute_rates(folder, name, self.dtype.itemsize)
+            compute = known_compute(self.config, self.dtype, self.prefill.streamed, self.settings)
         return predict(
             self.shape,
             plan,
@@ -211,9 +230,8 @@ class Session:
             self.settings.cgroup.limit(self.settings.budget)
         return_large_blocks()
         folder = None if self.dummy else self._weight_folder()
-        nvme = self.settings.nvme
         # Also while it is verified: another number of threads may round differently.
-        with leave_a_cpu(nvme is not None and find_target(nvme).by_spdk):
+        with leave_a_cpu(by_spdk(self.settings.nvme)):
             return self._run(folder)
 
     def _run(self, folder: Path | None) -> dict[str, Any]:
@@ -227,15 +245,16 @@ class Session:
             settings=self.settings,
         ) as cache:
             model = self._load(folder)
-            streamed = self.prefill.streamed
-            rates = measure_compute(model, self.shape, self.groups[0], streamed)
-            predicted = self._say_prediction(cache.storage.plan, rates)
+            rates = self._measure(model)
+            predicted = self._say_prediction(cache.storage.plan, rates[self.prefill.streamed])
             results, text = self._generate_groups(model, cache)
             chunks = cache.storage.chunks
             device = {"device_bytes": device_bytes(cache.storage.plan, self.forecast)}
             record = self._record(results, text) | predicted.record() | device | cache.report()
-            name = compute_name(self.config, self.dtype, streamed)
-            remember_compute(self.settings.cache_dir, name, rates)
+            record["pipeline"]["stream_choice"] = self.choice.record() if self.choice else None
+            for streamed, each in rates.items():
+                name = compute_name(self.config, self.dtype, streamed)
+                remember_compute(self.settings.cache_dir, name, each)
             remember_run(cache.storage)
         if self.settings.cgroup:
             record["memory"]["cgroup"] = self.settings.cgroup.record(sum(each.decode_s for each in results))
@@ -244,8 +263,18 @@ class Session:
             record["verified"] = self._verify(model, results, chunks)
         return record
 
+    def _measure(self, model: Any) -> dict[bool, ComputeRates]:
+        """What the CPU does with layers that are streamed (True) or not; both where a choice will ask for it
+        the next time."""
+        ways = {self.prefill.streamed}
+        if self.choice and self.forecast.can_stream:
+            ways = {False, True}
+        return {way: measure_compute(model, self.shape, self.groups[0], way) for way in sorted(ways)}
+
     def _say_prediction(self, plan: RunPlan, rates: ComputeRates) -> Prediction:
         predicted = self.predict(plan, rates)
+        if self.choice:
+            self.watcher.stage(choice_words(self.choice.record()))
         for line in predicted.words():
             self.watcher.stage(line)
         return predicted

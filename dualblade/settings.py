@@ -11,13 +11,14 @@ from dualblade.errors import UsageError
 from dualblade.host.budget_cgroup import BudgetCgroup
 from dualblade.pipeline import Mode
 from dualblade.planner import DEFAULT_POLICY
+from dualblade.stream_choice import FASTER
 from dualblade.tensors import PathKind
 from dualblade.units import parse_size
 
 KV_PATHS = {"auto": None, "page-cache": PathKind.PAGE_CACHE, "direct": PathKind.DIRECT}
 POLICIES = ("spread", "first-fit")
 DEFAULT_LIVE = True  # but for first-fit, which is the paper's and static
-STREAM = ("auto", "never", "always")
+STREAM = ("auto", FASTER, "never", "always")
 PIPELINES = tuple(mode.value for mode in Mode)
 
 
@@ -32,12 +33,12 @@ class CacheSettings:
     """Sizes in bytes. forced: the path of every tensor, or None for the governor's choice.
     capacity: size of a target that is made by this run. weights, activations: what the model's
     weights and one forward pass take of host memory; activations None: a share of the budget. loaded: the
-    weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where
-    its K and V do not fit the budget. pipeline: what may travel while a layer computes. live: tensors change
-    paths as the memory changes. write_cap: bytes that may be written in all, or None. governor_trace: a file
-    for the governor's decisions. ring: what a device with memory of its own has for the K and V that are
-    under way, None where there is none. cgroup: the one that holds this process to the budget, None where
-    nothing does; whoever entered it leaves it."""
+    weights are in memory already. stream: when attention goes through a layer in chunks; "auto": where its K
+    and V do not fit the budget; "faster": also where a token is predicted to take less time. pipeline: what
+    may travel while a layer computes. live: tensors change paths as the memory changes. write_cap: bytes that
+    may be written in all, or None. governor_trace: a file for the governor's decisions. ring: what a device
+    with memory of its own has for the K and V that are under way, None where there is none. cgroup: the one
+    that holds this process to the budget, None where nothing does; whoever entered it leaves it."""
 
     nvme: str | None
     budget: int

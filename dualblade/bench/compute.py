@@ -16,8 +16,12 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dualblade.cost import ComputeRates, ModelShape
+from dualblade.device import leave_a_cpu
 from dualblade.handles import in_memory_cache
 from dualblade.models import decoder_layers, last_position_only, text_config
+from dualblade.offload import by_spdk
+from dualblade.settings import CacheSettings
+from dualblade.speeds import compute_rates
 from dualblade.streaming import Visible, attend
 
 ROWS = (1, 4, 16, 64, 256)
@@ -36,6 +40,13 @@ def compute_name(config: Any, dtype: torch.dtype, streamed: bool) -> str:
     how = "streamed" if streamed else "one piece"
     width = text_config(config).hidden_size
     return f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, width {width}, {how}"
+
+
+def known_compute(config: Any, dtype: torch.dtype, streamed: bool, settings: CacheSettings) -> ComputeRates:
+    """What a run with these settings measured last, or else assumed. SPDK's polling takes a thread."""
+    with leave_a_cpu(by_spdk(settings.nvme)):
+        name = compute_name(config, dtype, streamed)
+    return compute_rates(settings.cache_dir, name, dtype.itemsize)
 
 
 @torch.inference_mode()

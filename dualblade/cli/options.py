@@ -63,7 +63,8 @@ _OPTIONS: list[Callable[[Any], Any]] = [
         type=click.Choice(list(STREAM)),
         default="auto",
         show_default=True,
-        help="Attend to a layer in chunks; auto: where its K and V do not fit the budget.",
+        help="Attend to a layer in chunks; auto: where its K and V do not fit the budget; faster: also where "
+        "that is predicted to take less time a token.",
     ),
     click.option(
         "--live/--no-live",

@@ -9,6 +9,7 @@ import click
 
 from dualblade.cli.options import model_options, settings_from
 from dualblade.cli.output import describe_device, emit, json_option
+from dualblade.stream_choice import choice_words
 from dualblade.units import format_size
 
 
@@ -90,6 +91,7 @@ def _record(session: Any, made: Any, context: int) -> dict[str, Any]:
         "context_limit": context_limit(session.config),
         "attention": made.pipeline.attention,
         "chunk_tokens": made.pipeline.chunk_tokens,
+        "stream_choice": session.choice.record() if session.choice else None,
         "prefetch_depth": made.pipeline.prefetch_depth,
         "storage_s_per_token": storage_seconds(
             session.settings.cache_dir, session.settings.nvme, cached if copied else 0, direct
@@ -117,6 +119,8 @@ def _show(record: dict[str, Any], predicted: list[str]) -> None:
     click.echo(_prefill_words(record))
     if record["chunk_tokens"]:
         click.echo(f"attention streamed: a layer's K and V pass in chunks of {record['chunk_tokens']} tokens")
+    if record["stream_choice"]:
+        click.echo(choice_words(record["stream_choice"]))
     for kind, count in record["kept_in_memory"]["layers"].items():
         click.echo(
             f"{count} layers of {kind} keep their own cache in memory: it does not grow with the context"

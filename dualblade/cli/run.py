@@ -18,6 +18,7 @@ from dualblade.cli.enforcement import Enforcement, enforcement_line
 from dualblade.cli.options import model_options, settings_from
 from dualblade.cli.output import console, describe_device, emit, json_option
 from dualblade.errors import ConfigError, UsageError
+from dualblade.stream_choice import choice_words
 from dualblade.units import format_size
 
 
@@ -219,6 +220,8 @@ def _closing_lines(record: dict[str, Any]) -> list[str]:
     lines += _moved(record["governor"])
     if pipeline["chunk_tokens"]:
         lines.append(f"attention streamed, in chunks of {pipeline['chunk_tokens']} tokens of a layer")
+    if pipeline["stream_choice"]:
+        lines.append(choice_words(pipeline["stream_choice"]))
     lines += sorted(
         {
             f"engine {path['engine']}, because {path['reason']}"

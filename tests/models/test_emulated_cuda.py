@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from emulated_cuda import Driver, EmulatedCuda
+from modes import EVERY_MODE
 from test_exact import NEW, PROMPT, Way, assert_same, kv_bytes, model_of
 from test_streamed import assert_streamed_bits
 
@@ -51,7 +52,9 @@ def cache_of(way: Way, folder: Path, **options: Any) -> DualBladeCache:
         ("gemma2", torch.bfloat16, 1, 50),
     ],
 )
+@pytest.mark.parametrize("mode", EVERY_MODE)
 def test_exact(
+    mode: str,
     family: str,
     dtype: torch.dtype,
     batch: int,
@@ -63,7 +66,8 @@ def test_exact(
     way = Way(family, dtype, batch, False, chunk)
     copied = emulated.counts()["copied_bytes"]
     share = kv_bytes(way) // 3 if kv_path == "auto" else None
-    with cache_of(way, direct_dir, kv_path=kv_path, page_cache_budget=share) as cache:
+    options = {"kv_path": kv_path, "page_cache_budget": share, "pipeline": mode}
+    with cache_of(way, direct_dir, **options) as cache:
         assert_same(way, cache)
         paths = cache.report()["paths"].values()
         read = sum(path["read_bytes"] for path in paths)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same bits again with KV on NVMe namespaces behind SPDK's driver, alone and beside the page cache."""
+"""The same bits again with KV on NVMe namespaces behind SPDK's driver, alone and beside the page cache.
+
+`make test` runs every pair of values, `make test-full` every combination, in every pipeline mode.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from allpairspy import AllPairs
 from families import CONFIGS
+from modes import EVERY_MODE, MODES
 from test_exact import Case, Way, check, name
 from test_streamed import assert_streamed_bits
 
@@ -29,6 +33,7 @@ VALUES = [
     [None, 50],
     ["direct", "auto"],
     ["vfio-user", "tcp"],
+    MODES,
 ]
 
 
@@ -47,7 +52,10 @@ def targets() -> Iterator[dict[str, str]]:
 
 
 def cases(rows: object) -> list[tuple[Case, str]]:
-    return [(Case(Way(*row[:5]), row[5], "spdk"), row[6]) for row in rows]  # type: ignore[attr-defined]
+    return [
+        (Case(Way(*way), kv_path, "spdk", pipeline), transport)
+        for *way, kv_path, transport, pipeline in rows  # type: ignore[attr-defined]
+    ]
 
 
 def label(value: object) -> str:
@@ -65,9 +73,10 @@ def test_all(case: Case, transport: str, targets: dict[str, str], direct_dir: Pa
     check(case, direct_dir, nvme=targets[transport])
 
 
+@pytest.mark.parametrize("mode", EVERY_MODE)
 @pytest.mark.parametrize("transport", ["vfio-user", "tcp"])
 def test_streamed(
-    transport: str, targets: dict[str, str], direct_dir: Path, monkeypatch: pytest.MonkeyPatch
+    transport: str, mode: str, targets: dict[str, str], direct_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dualblade.pipeline.STREAM_CHUNK", 1)
-    assert_streamed_bits("llama", torch.bfloat16, 4, 50, direct_dir, nvme=targets[transport])
+    assert_streamed_bits("llama", torch.bfloat16, 4, 50, direct_dir, nvme=targets[transport], pipeline=mode)

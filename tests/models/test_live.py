@@ -18,6 +18,7 @@ from uuid import uuid4
 import pytest
 import torch
 from families import model_of
+from modes import EVERY_MODE
 from random_moves import RandomMoves
 from test_exact import Way, assert_same, kv_bytes, name_of_way
 from transformers import LlamaConfig
@@ -267,7 +268,8 @@ WAYS = [
 @pytest.mark.needs("uring", "o_direct")
 @pytest.mark.parametrize("known", [True, False], ids=["placed", "growing"])
 @pytest.mark.parametrize("way", WAYS, ids=name_of_way)
-def test_exact_tokens_with_moves_at_any_time(way: Way, known: bool, direct_dir: Path) -> None:
+@pytest.mark.parametrize("mode", EVERY_MODE)
+def test_exact_tokens_with_moves_at_any_time(mode: str, way: Way, known: bool, direct_dir: Path) -> None:
     """Every logit, whatever a governor without sense does."""
     ends = {"max_tokens": 254, "batch_size": way.batch} if known else {}
     with DualBladeCache(
@@ -278,6 +280,7 @@ def test_exact_tokens_with_moves_at_any_time(way: Way, known: bool, direct_dir: 
         cache_dir=direct_dir,
         dtype=way.dtype,
         checksum=True,
+        pipeline=mode,
         **ends,
     ) as cache:
         moves = []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import VOCABULARY, WINDOW, model_of
+from modes import EVERY_MODE
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache
@@ -29,12 +30,17 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=EVERY_MODE)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def caches(family: str, direct_dir: Path) -> Iterator[tuple[DualBladeCache, DynamicCache]]:
+def caches(family: str, mode: str, direct_dir: Path) -> Iterator[tuple[DualBladeCache, DynamicCache]]:
     """Ours, over both paths, and the reference."""
     config = model_of(family, torch.float32).config
     with DualBladeCache(
-        config, mem_budget="8G", page_cache_budget="96K", cache_dir=direct_dir, capacity="64M"
+        config, mem_budget="8G", page_cache_budget="96K", cache_dir=direct_dir, capacity="64M", pipeline=mode
     ) as ours:
         yield ours, DynamicCache(config=config)
 

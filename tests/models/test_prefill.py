@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import CONFIGS, VOCABULARY, model_of
+from modes import EVERY_MODE
 from transformers import DynamicCache
 
 from dualblade import DualBladeCache
@@ -56,13 +57,16 @@ def logits_of(made: Generation) -> list[torch.Tensor]:
     return seen
 
 
+@pytest.mark.parametrize("mode", EVERY_MODE)
 @pytest.mark.parametrize("span", [TOKENS, 2 * CHUNK])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_the_same_bits_as_chunk_by_chunk(family: str, batch: int, span: int, tmp_path: Path) -> None:
+def test_the_same_bits_as_chunk_by_chunk(
+    family: str, batch: int, span: int, mode: str, tmp_path: Path
+) -> None:
     reference = DynamicCache(config=model_of(family, torch.float32).config)
     want = logits_of(generation(family, reference, batch, CHUNK))
-    with offloaded(family, batch, tmp_path) as cache:
+    with offloaded(family, batch, tmp_path, pipeline=mode) as cache:
         got = logits_of(generation(family, cache, batch, span))
     assert len(got) == len(want) == NEW
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

@@ -25,6 +25,7 @@ PURE = (
     "extents.py",
     "cost.py",
     "groups.py",
+    "stream_choice.py",
 )
 MODEL_SIDE = (
     "attention.py",

@@ -92,5 +92,5 @@ def test_the_hint_is_enough(taken: int, budget: int, stream: str) -> None:
 
 
 def test_what_is_no_such_mode() -> None:
-    with pytest.raises(UsageError, match="stream 'maybe' is none of auto, never, always"):
+    with pytest.raises(UsageError, match="stream 'maybe' is none of auto, faster, never, always"):
         CacheSettings.checked(mem_budget="1G", stream="maybe")
