@@ -21,7 +21,7 @@ from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, Ten
 from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import MIB
 from dualblade.watch import Look, MemoryWatch
-from spdk_glue import PAGE, Region
+from spdk_glue import Region
 
 DEMOTE_PART, PROMOTE_PART = 16, 64  # of all KV, copied for one decision and one pass
 BAND_PART = 32
@@ -78,7 +78,7 @@ class LiveGovernor:
         self._decided = -1
         self._more = False
         self._rate = 0
-        self._refaults: tuple[int, int] | None = None  # so far, bytes since the look before
+        self._looks: tuple[Look, Look] | None = None  # decided on before, and now
         self._last: TensorKey | None = None
         self._reasons: dict[tuple[TensorKey, PathKind], str] = {}
 
@@ -168,6 +168,7 @@ class LiveGovernor:
 
     def _facts(self, number: int, seen: Look, states: Sequence[TensorState]) -> Facts:
         snapshot, budget = seen.snapshot, self._budget
+        refaulted, some, full = self._strain(number, seen)
         # A large folio that was dropped in part stays whole, and counts; what is read in place may be in
         # memory before it is written.
         ours = sum(
@@ -190,9 +191,9 @@ class LiveGovernor:
             room=room - to_take,
             room_source=snapshot.headroom_source,
             resident=seen.pages.cached,
-            refaulted=self._refaulted(number, seen),
-            some=seen.pressure.some,
-            full=seen.pressure.full,
+            refaulted=refaulted,
+            some=some,
+            full=full,
             steps_left=self._steps_left(),
         )
 
@@ -201,13 +202,19 @@ class LiveGovernor:
         copied = (tensor for tensor in self.tensors.values() if tensor.mapped is None)
         return replace(self._budget.footprint, tails_bytes=sum(each.layout.block_bytes for each in copied))
 
-    def _refaulted(self, number: int, seen: Look) -> int:
-        """Bytes read back between this look and the one before."""
-        count = seen.pressure.refaults
-        if number != self._state.number:
-            before = count if self._refaults is None else self._refaults[0]
-            self._refaults = (count, max(0, count - before) * PAGE)
-        return self._refaults[1] if self._refaults else 0
+    def _strain(self, number: int, seen: Look) -> tuple[int, float, float]:
+        """Since the look that was decided on before: bytes read back, and per cent of the time in which some
+        task and all of them waited for memory."""
+        if self._looks is None or number != self._state.number:
+            self._looks = (self._looks[1] if self._looks else seen), seen
+        before, now = self._looks
+        then, here = before.pressure, now.pressure
+        part = 100 / max(now.at - before.at, 0.001)
+        return (
+            max(0, here.refault_bytes - then.refault_bytes),
+            max(0.0, here.some_s - then.some_s) * part,
+            max(0.0, here.full_s - then.full_s) * part,
+        )
 
     def _steps_left(self) -> int | None:
         if self._budget.tokens is None:

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from dualblade.errors import ConfigError, EnforcementError
 from dualblade.host.cgroup import OURS, OwnCgroup
-from dualblade.host.cgroup_watch import CgroupWatch, Pressure
 from dualblade.host.enforce import Way, find_way
 from dualblade.host.meminfo import process_memory
+from dualblade.host.pressure import Stalls, cgroup_events, stalls
 from dualblade.host.sysfs import Host
 from dualblade.units import MIB
 
@@ -57,10 +57,9 @@ class BudgetCgroup:
         self._written: int | None = None  # the limit as this program last set it
         self._settled = True  # the kernel took it in full
         self._usage_peak = self._peak_before = 0
-        self._decode_began: Pressure | None = None
+        self._decode_began: Stalls | None = None
         self.own = own
-        self.watch = CgroupWatch(own, host)
-        self._entered = self.watch.pressure(), self.watch.events()
+        self._entered = stalls(host, own.directory), cgroup_events(host, own)
         self.outside_bytes = 0
 
     @classmethod
@@ -164,7 +163,7 @@ class BudgetCgroup:
 
     def decode_begins(self) -> None:
         """What is waited for from now on is waited for while tokens are generated."""
-        self._decode_began = self.watch.pressure()
+        self._decode_began = stalls(self._host, self.own.directory)
 
     @property
     def peak_bytes(self) -> int:
@@ -174,7 +173,7 @@ class BudgetCgroup:
 
     def record(self, decode_s: float | None = None) -> dict[str, Any]:
         """`memory.cgroup` of `run --json`. decode_s: how long the decoding took. Times in seconds."""
-        events, pressure = self.watch.events(), self.watch.pressure()
+        events, stalled = cgroup_events(self._host, self.own), stalls(self._host, self.own.directory)
         began = self._entered[1]
         return {
             "version": self.own.version,
@@ -189,7 +188,7 @@ class BudgetCgroup:
             "refault_bytes": events.refault_bytes - began.refault_bytes,
             "scanned_bytes": _since(events.scanned_bytes, began.scanned_bytes),
             "reclaimed_bytes": _since(events.reclaimed_bytes, began.reclaimed_bytes),
-            **_stalls(pressure, self._entered[0], self._decode_began, decode_s),
+            **_lost(stalled, self._entered[0], self._decode_began, decode_s),
         }
 
     def _peak(self) -> int:
@@ -258,8 +257,8 @@ def _since(now: int | None, then: int | None) -> int | None:
     return None if now is None or then is None else now - then
 
 
-def _stalls(
-    now: Pressure | None, entered: Pressure | None, decode: Pressure | None, decode_s: float | None
+def _lost(
+    now: Stalls | None, entered: Stalls | None, decode: Stalls | None, decode_s: float | None
 ) -> dict[str, Any]:
     """Seconds lost to reclaim since the process came, and of them while it decoded."""
     words: dict[str, Any] = dict.fromkeys(
