@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +24,7 @@ from dualblade.units import MIB
 from dualblade.watch import Look, MemoryWatch
 from spdk_glue import Region
 
-DEMOTE_PART, PROMOTE_PART = 16, 64  # of all KV, copied for one decision and one pass
+DEMOTE_PART, PROMOTE_PART = 8, 16  # of all KV, copied for one decision and one pass
 BAND_PART = 32
 LARGEST_BAND = 256 * MIB
 PATIENCE = 8  # looks: two seconds
@@ -78,6 +79,7 @@ class LiveGovernor:
         self._decided = -1
         self._more = False
         self._rate = 0
+        self._hurried = False
         self._looks: tuple[Look, Look] | None = None  # decided on before, and now
         self._last: TensorKey | None = None
         self._reasons: dict[tuple[TensorKey, PathKind], str] = {}
@@ -94,6 +96,18 @@ class LiveGovernor:
             self._between_passes()
         self._last = key
         self.migrator.poll()
+        if self._hurried:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """Where pages are read back over and over, waiting for a chunk to leave takes less time than keeping
+        it: its reading, its writing, and the next one is begun."""
+        for _ in range(2):
+            if (ticket := self.migrator.under_way) is None:
+                return
+            with suppress(DualBladeError):  # poll() tells of it
+                ticket.wait()
+            self.migrator.poll()
 
     def grown(self, tensor: Tensor) -> None:
         if tensor.segments[-1].room.path is PathKind.PAGE_CACHE:
@@ -124,13 +138,14 @@ class LiveGovernor:
         if self._placer is not None:
             self._placer.share = decision.share
             self._placer.used = sum(state.cached * state.block_bytes for state in states)
-        self._carry_out(decision, limits)
+        self._carry_out(decision, limits, facts.pressed)
 
-    def _carry_out(self, decision: Decision, limits: Limits) -> None:
+    def _carry_out(self, decision: Decision, limits: Limits, pressed: bool) -> None:
         if not self._ready(decision.moves):
             return
         promotes = bool(decision.moves) and decision.moves[0].to is PathKind.PAGE_CACHE
         self._rate = self.migrator.grant = limits.promote if promotes else limits.demote
+        self._hurried = pressed and not promotes
         for move in decision.moves:
             if move.to not in self.migrator.refused:
                 self._reasons[move.key, move.to] = f"live: {move.reason}"
