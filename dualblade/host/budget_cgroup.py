@@ -233,14 +233,16 @@ def _lost(
     now: Stalls | None, entered: Stalls | None, decode: Stalls | None, decode_s: float | None
 ) -> dict[str, Any]:
     """Seconds lost to reclaim since the process came, and of them while it decoded."""
+    names = ("stalls_of", "stall_some_s", "stall_full_s")
     words: dict[str, Any] = dict.fromkeys(
-        ("stalls_of", "stall_some_s", "stall_full_s", "decode_stall_s", "decode_stall_ratio")
+        (*names, "decode_stall_some_s", "decode_stall_s", "decode_stall_ratio")
     )
     if now and entered:
         words["stalls_of"] = now.of
         words["stall_some_s"] = now.some_s - entered.some_s
         words["stall_full_s"] = now.full_s - entered.full_s
     if now and decode:
+        words["decode_stall_some_s"] = now.some_s - decode.some_s
         words["decode_stall_s"] = now.full_s - decode.full_s
         words["decode_stall_ratio"] = words["decode_stall_s"] / decode_s if decode_s else None
     return words
