@@ -27,7 +27,7 @@ from spdk_glue import Region
 DEMOTE_PART, PROMOTE_PART = 8, 16  # of all KV, copied for one decision and one pass
 BAND_PART = 32
 LARGEST_BAND = 256 * MIB
-PATIENCE = 8  # looks: two seconds
+PATIENCE = 4  # looks: a second
 MOVES_REPORTED = 1000
 
 

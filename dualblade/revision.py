@@ -18,7 +18,7 @@ from dualblade.units import format_size
 
 SOME_PRESSED = 20.0  # per cent of the time since the last look in which some task waited for memory
 FULL_PRESSED = 5.0  # in which all of them did
-REST_PRESSED = 5  # times the patience: the kernel takes pages for reasons that no file tells
+REST_PRESSED = 10  # times the patience: the kernel takes pages for reasons that no file tells
 REFAULT_PART = 16  # of the resident pages, read back since the last look, is pressure too
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often

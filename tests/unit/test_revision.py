@@ -183,7 +183,7 @@ def test_what_the_kernel_took_is_demoted_under_pressure_alone() -> None:
     assert 256 * MIB <= cached_bytes(after) <= 256 * MIB * 8 / 7
 
 
-@pytest.mark.parametrize(("full", "rests"), [(0.0, 4), (20.0, 20)])
+@pytest.mark.parametrize(("full", "rests"), [(0.0, 4), (20.0, 40)])
 def test_after_a_demotion_more_memory_has_to_last(full: float, rests: int) -> None:
     """Longer where pressure was the reason, unless more of it is to be seen."""
     taken = replace(FACTS, number=9, resident=400 * MIB, room=384 * MIB, full=full)
