@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -21,12 +22,12 @@ from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, Ten
 from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import MIB
 from dualblade.watch import Look, MemoryWatch
-from spdk_glue import PAGE, Region
+from spdk_glue import Region
 
-DEMOTE_PART, PROMOTE_PART = 16, 64  # of all KV, copied for one decision and one pass
+DEMOTE_PART, PROMOTE_PART = 8, 16  # of all KV, copied for one decision and one pass
 BAND_PART = 32
 LARGEST_BAND = 256 * MIB
-PATIENCE = 8  # looks: two seconds
+PATIENCE = 4  # looks: a second
 MOVES_REPORTED = 1000
 
 
@@ -79,7 +80,8 @@ class LiveGovernor:
         self._decided = -1
         self._more = False
         self._rate = 0
-        self._refaults: tuple[int, int] | None = None  # so far, bytes since the look before
+        self._hurried = False
+        self._looks: tuple[Look, Look] | None = None  # decided on before, and now
         self._last: TensorKey | None = None
         self._reasons: dict[tuple[TensorKey, PathKind], str] = {}
 
@@ -95,6 +97,18 @@ class LiveGovernor:
             self._between_passes()
         self._last = key
         self.migrator.poll()
+        if self._hurried:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """Where pages are read back over and over, waiting for a chunk to leave takes less time than keeping
+        it: its reading, its writing, and the next one is begun."""
+        for _ in range(2):
+            if (ticket := self.migrator.under_way) is None:
+                return
+            with suppress(DualBladeError):  # poll() tells of it
+                ticket.wait()
+            self.migrator.poll()
 
     def grown(self, tensor: Tensor) -> None:
         if tensor.segments[-1].room.path is PathKind.PAGE_CACHE:
@@ -129,13 +143,14 @@ class LiveGovernor:
         if self._placer is not None:
             self._placer.share = decision.share
             self._placer.used = sum(state.cached * state.block_bytes for state in states)
-        self._carry_out(decision, limits)
+        self._carry_out(decision, limits, facts.pressed)
 
-    def _carry_out(self, decision: Decision, limits: Limits) -> None:
+    def _carry_out(self, decision: Decision, limits: Limits, pressed: bool) -> None:
         if not self._ready(decision.moves):
             return
         promotes = bool(decision.moves) and decision.moves[0].to is PathKind.PAGE_CACHE
         self._rate = self.migrator.grant = limits.promote if promotes else limits.demote
+        self._hurried = pressed and not promotes
         for move in decision.moves:
             if move.to not in self.migrator.refused:
                 self._reasons[move.key, move.to] = f"live: {move.reason}"
@@ -173,6 +188,7 @@ class LiveGovernor:
 
     def _facts(self, number: int, seen: Look, states: Sequence[TensorState]) -> Facts:
         snapshot, budget = seen.snapshot, self._budget
+        refaulted, some, full = self._strain(number, seen)
         # A large folio that was dropped in part stays whole, and counts; what is read in place may be in
         # memory before it is written.
         ours = sum(
@@ -195,9 +211,9 @@ class LiveGovernor:
             room=room - to_take,
             room_source=snapshot.headroom_source,
             resident=seen.pages.cached,
-            refaulted=self._refaulted(number, seen),
-            some=seen.pressure.some,
-            full=seen.pressure.full,
+            refaulted=refaulted,
+            some=some,
+            full=full,
             steps_left=self._steps_left(),
         )
 
@@ -212,13 +228,19 @@ class LiveGovernor:
             reserve_bytes=min(reserve, planned.reserve_bytes),
         )
 
-    def _refaulted(self, number: int, seen: Look) -> int:
-        """Bytes read back between this look and the one before."""
-        count = seen.pressure.refaults
-        if number != self._state.number:
-            before = count if self._refaults is None else self._refaults[0]
-            self._refaults = (count, max(0, count - before) * PAGE)
-        return self._refaults[1] if self._refaults else 0
+    def _strain(self, number: int, seen: Look) -> tuple[int, float, float]:
+        """Since the look that was decided on before: bytes read back, and per cent of the time in which some
+        task and all of them waited for memory."""
+        if self._looks is None or number != self._state.number:
+            self._looks = (self._looks[1] if self._looks else seen), seen
+        before, now = self._looks
+        then, here = before.pressure, now.pressure
+        part = 100 / max(now.at - before.at, 0.001)
+        return (
+            max(0, here.refault_bytes - then.refault_bytes),
+            max(0.0, here.some_s - then.some_s) * part,
+            max(0.0, here.full_s - then.full_s) * part,
+        )
 
     def _steps_left(self) -> int | None:
         if self._budget.tokens is None:

@@ -128,6 +128,11 @@ class Migrator:
     def idle(self) -> bool:
         return not (self._wanted or self._active)
 
+    @property
+    def under_way(self) -> Ticket | None:
+        """What the chunk that is being moved waits for."""
+        return self._active.ticket if self._active else None
+
     def poll(self) -> None:
         """Go on as far as it goes without waiting."""
         if self._leftovers:

@@ -16,8 +16,9 @@ from dualblade.governor import Policy
 from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import format_size
 
-SOME_PRESSED = 10.0  # per cent of the last 10 s in which some task waited for memory
-FULL_PRESSED = 1.0  # in which all of them did
+SOME_PRESSED = 20.0  # per cent of the time since the last look in which some task waited for memory
+FULL_PRESSED = 5.0  # in which all of them did
+REST_PRESSED = 10  # times the patience: the kernel takes pages for reasons that no file tells
 REFAULT_PART = 16  # of the resident pages, read back since the last look, is pressure too
 MARGIN_PART = 8  # of the band, by which more is given up than was asked for
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
@@ -52,7 +53,8 @@ class Facts:
     budget: of the process. cap: --page-cache-budget. footprint: what is planned for all but cached KV; held:
     what the process holds now beside cached KV. room: what machine and cgroups give the page-cache path,
     with what it has. resident: our pages that are in memory. refaulted: pages read back since the last
-    look. some, full: memory pressure (PSI, avg10). steps_left: forward passes to come, None if unknown.
+    look. some, full: per cent of the time since then in which tasks waited for memory (PSI). steps_left:
+    forward passes to come, None if unknown.
     """
 
     number: int
@@ -89,8 +91,8 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class GovernorState:
     """What is kept from decision to decision. number: the last look. footprint: planned then. own, room: in
-    force, see Facts.
-    better_*: looks for which there was more. demoted: the look of the last demotion."""
+    force, see Facts. better_*: looks for which there was more. rest: nothing is promoted before this
+    look."""
 
     number: int = -1
     footprint: int | None = None
@@ -98,7 +100,7 @@ class GovernorState:
     room: int | None = None
     better_own: int = 0
     better_room: int = 0
-    demoted: int | None = None
+    rest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,8 @@ def revise(tensors: Sequence[TensorState], facts: Facts, state: GovernorState, l
     cached = sum(tensor.cached * tensor.block_bytes for tensor in tensors)
     if cached > share:
         moves, more = _demote(tensors, cached - share, limits, reason)
-        state = replace(state, demoted=facts.number) if moves else state
-    elif _may_promote(facts, state, limits):
+        state = _rested(facts, state, limits) if moves else state
+    elif _may_promote(facts, state):
         moves, more = _promote(tensors, share - cached, facts, limits, reason)
     else:
         moves, more = [], False
@@ -178,9 +180,11 @@ def _look(facts: Facts, state: GovernorState, limits: Limits) -> GovernorState:
         -_rounded(facts, margin), None if state.own is None else -state.own, state.better_own, limits, 0
     )
     room, better_room = _settle(facts.room, state.room, state.better_room, limits, margin)
+    grown = state.room is not None and room > state.room
     return replace(
-        state, number=facts.number, own=-own, room=room, better_own=better_own, better_room=better_room
-    )
+        state, number=facts.number, own=-own, room=room, better_own=better_own, better_room=better_room,
+        rest=None if grown else state.rest,
+    )  # fmt: skip
 
 
 def _freed(facts: Facts, state: GovernorState, margin: int) -> GovernorState:
@@ -233,9 +237,14 @@ def _kept(tensors: Sequence[TensorState], facts: Facts) -> int | None:
     return sum(tensor.cached * tensor.block_bytes for tensor in tensors) - missing
 
 
-def _may_promote(facts: Facts, state: GovernorState, limits: Limits) -> bool:
-    rested = state.demoted is None or facts.number - state.demoted >= limits.patience
-    return rested and not facts.pressed
+def _rested(facts: Facts, state: GovernorState, limits: Limits) -> GovernorState:
+    """After a demotion: longer under pressure, whose end nothing foretells but more room."""
+    looks = limits.patience * (REST_PRESSED if facts.pressed else 1)
+    return replace(state, rest=max(facts.number + looks, state.rest or 0))
+
+
+def _may_promote(facts: Facts, state: GovernorState) -> bool:
+    return not facts.pressed and (state.rest is None or facts.number >= state.rest)
 
 
 # which tensors ------------------------------------------------------------------------------

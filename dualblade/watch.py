@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,11 +20,12 @@ INTERVAL_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look. pages: what the page cache holds of our files."""
+    """One look. pages: what the page cache holds of our files. at: seconds of the monotonic clock."""
 
     snapshot: MemorySnapshot
     pressure: Pressure
     pages: CachedPages
+    at: float = 0.0
 
 
 def look(host: Host, fds: Iterable[int]) -> Look:
@@ -35,7 +37,7 @@ def look(host: Host, fds: Iterable[int]) -> Look:
         sum(pages.evicted for pages in found),
     )
     levels = memory_cgroups(host)
-    return Look(take_snapshot(host, levels=levels), memory_pressure(host, levels), pages)
+    return Look(take_snapshot(host, levels=levels), memory_pressure(host, levels), pages, time.monotonic())
 
 
 class MemoryWatch:

@@ -38,10 +38,11 @@ def read_through(file: FileIO, group: BudgetCgroup) -> None:
 
 
 def facts(group: BudgetCgroup) -> dict[str, Any]:
-    bound = tightest(memory_cgroups(Host()))
+    levels = memory_cgroups(Host())
+    bound = tightest(levels)
     return group.record() | {
         "budget_peak": group.peak_bytes,
-        "usage": group.watch.now().levels[0].usage,
+        "usage": levels[0].usage,
         "headroom": bound.headroom if bound else None,
     }
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from dualblade.bench.baselines import OURS
 from dualblade.bench.figures import median, paired_ratio, peak, reference_digests
-from dualblade.bench.limit import MemoryLimit
 from dualblade.bench.workloads import Budget, Need
+from dualblade.host.memory_cgroup import MemoryCgroup
 
 STATIC = "dual-first-fit-static"
 COMPARED = (OURS, STATIC)
@@ -31,7 +31,7 @@ def lowered_bytes(budget: Budget, need: Need) -> int:
 class Change:
     """Moves a limit as tokens come. refused: times that the kernel could not take a limit."""
 
-    def __init__(self, limit: MemoryLimit, budget: Budget, need: Need, new_tokens: int):
+    def __init__(self, limit: MemoryCgroup, budget: Budget, need: Need, new_tokens: int):
         third = new_tokens // 3
         self._limit = limit
         self._moves = {third: lowered_bytes(budget, need), 2 * third: budget.bytes}

@@ -11,8 +11,9 @@ import json
 import sys
 from typing import Any
 
-from dualblade.bench.limit import adopt
 from dualblade.errors import DualBladeError
+from dualblade.host.memory_cgroup import MemoryCgroup
+from dualblade.host.sysfs import Host
 
 
 def say(**words: Any) -> None:
@@ -22,7 +23,7 @@ def say(**words: Any) -> None:
 def main() -> int:
     plain = json.load(sys.stdin)
     if plain["cgroup"]:
-        adopt(plain["cgroup"]).enter()
+        MemoryCgroup(plain["cgroup"], Host()).enter()
     from dualblade.bench.trial import Trial, run_trial
     from dualblade.models import quiet_libraries
 

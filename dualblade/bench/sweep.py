@@ -23,7 +23,7 @@ from dualblade.bench.change import COMPARED, LEAST_TOKENS, Change, lowered_bytes
 from dualblade.bench.figures import summarise
 from dualblade.bench.ground import DriveLimit, measure_limit, prepared_target
 from dualblade.bench.launch import ChildFailed, run_child
-from dualblade.bench.limit import MemoryLimit, make_limit
+from dualblade.bench.limit import make_limit
 from dualblade.bench.trial import Trial
 from dualblade.bench.workloads import (
     Budget,
@@ -37,6 +37,7 @@ from dualblade.bench.workloads import (
 from dualblade.errors import BudgetError, ConfigError, UsageError
 from dualblade.governor import as_option
 from dualblade.host.meminfo import machine_memory
+from dualblade.host.memory_cgroup import MemoryCgroup
 from dualblade.host.sysfs import Host
 from dualblade.residency import take_snapshot
 from dualblade.units import GIB, MIB, format_size
@@ -156,7 +157,7 @@ class Sweep:
                 made["cgroup_peak_bytes"] = limit.peak if limit else None
         return made
 
-    def _changing(self, trial: Trial, budget: Budget, limit: MemoryLimit) -> dict[str, Any]:
+    def _changing(self, trial: Trial, budget: Budget, limit: MemoryCgroup) -> dict[str, Any]:
         """Raises ChildFailed."""
         change = Change(limit, budget, self.need, trial.workload.new_tokens)
         made = run_child(trial, change.on_token)
@@ -164,7 +165,7 @@ class Sweep:
         return made | phases(made["steps_s"]) | lowered
 
     @contextmanager
-    def _limited(self, nbytes: int | None) -> Iterator[MemoryLimit | None]:
+    def _limited(self, nbytes: int | None) -> Iterator[MemoryCgroup | None]:
         """None: without a limit. Where none can be had it is noted, and the run goes on without."""
         if nbytes is None or self.not_enforced:
             yield None

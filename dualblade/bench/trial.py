@@ -19,11 +19,11 @@ import torch
 from crc32c import crc32c
 
 from dualblade.bench.baselines import COMPUTE, Reading, Stage, Subject, make_subject
-from dualblade.bench.limit import adopt
 from dualblade.bench.workloads import Need, Workload, load_config, make_model, make_prompt, make_specs
 from dualblade.device import leave_a_cpu
 from dualblade.host.heap import return_large_blocks
 from dualblade.host.meminfo import process_memory
+from dualblade.host.memory_cgroup import MemoryCgroup
 from dualblade.host.sysfs import Host
 from dualblade.residency import MemoryMeter
 from dualblade.runner import Generated, Generation, Sampling
@@ -112,7 +112,7 @@ def _without_hugepages(trial: Trial) -> int:
     """A memory cgroup does not count them, so its limit is the budget without them. Returns their bytes."""
     held = process_memory(Host()).hugetlb
     if trial.cgroup and held:
-        adopt(trial.cgroup).set(trial.budget - held)
+        MemoryCgroup(trial.cgroup, Host()).set(trial.budget - held)
     return held
 
 

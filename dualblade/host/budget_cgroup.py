@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
-from dualblade.errors import ConfigError, EnforcementError
+from dualblade.errors import EnforcementError
 from dualblade.host.cgroup import OURS, OwnCgroup
-from dualblade.host.cgroup_watch import CgroupWatch, Pressure
 from dualblade.host.enforce import Way, find_way
 from dualblade.host.meminfo import process_memory
+from dualblade.host.memory_cgroup import MemoryCgroup
+from dualblade.host.pressure import Stalls, cgroup_events, stalls
 from dualblade.host.sysfs import Host
 from dualblade.units import MIB
 
 _LEAST = 16 * MIB  # a limit below it stops the process instead of the growth of its cache
-_V1_NONE, _V2_NONE = "-1", "max"
 
 
 class Held(Protocol):
@@ -57,10 +57,10 @@ class BudgetCgroup:
         self._written: int | None = None  # the limit as this program last set it
         self._settled = True  # the kernel took it in full
         self._usage_peak = self._peak_before = 0
-        self._decode_began: Pressure | None = None
+        self._decode_began: Stalls | None = None
         self.own = own
-        self.watch = CgroupWatch(own, host)
-        self._entered = self.watch.pressure(), self.watch.events()
+        self._files = MemoryCgroup(own.directory, host, own.version)
+        self._entered = stalls(host, own.directory), cgroup_events(host, own)
         self.outside_bytes = 0
 
     @classmethod
@@ -112,7 +112,7 @@ class BudgetCgroup:
         with self._lock:
             if self._left:
                 return
-            self._usage_peak = max(self._usage_peak, self._number(self._usage_file))
+            self._usage_peak = max(self._usage_peak, self._files.usage)
             self._most_hugetlb = max(self._most_hugetlb, held.hugetlb)
             if self._budget is not None and (held.hugetlb != self._hugetlb or not self._settled):
                 self._hugetlb = held.hugetlb
@@ -122,8 +122,7 @@ class BudgetCgroup:
     @property
     def limit_bytes(self) -> int | None:
         """What the kernel enforces now; None for nothing."""
-        text = self._host.attribute(self._file(self._limit_file))
-        return int(text) if text.isdecimal() and int(text) < 1 << 62 else None
+        return self._files.limit
 
     def _apply(self) -> None:
         assert self._budget is not None
@@ -136,9 +135,9 @@ class BudgetCgroup:
         self._write_v1(target) if self.own.version == 1 else self._write_v2(target)
 
     def _write_v1(self, target: int) -> None:
-        self._write("memory.soft_limit_in_bytes", target - margin(target))
+        self._files.write("soft_limit_in_bytes", target - margin(target))
         try:
-            self._write("memory.limit_in_bytes", target)
+            self._files.set(target)
         except OSError as error:
             if error.errno != errno.EBUSY:  # more is in use than can be reclaimed now
                 raise
@@ -147,24 +146,22 @@ class BudgetCgroup:
 
     def _write_v2(self, target: int) -> None:
         """`high` first: it reclaims. What is in use must not be above `max`: the kernel would kill."""
-        self._write("memory.high", target - margin(target))
-        usage = self._number("memory.current")
+        self._files.write("high", target - margin(target))
+        usage = self._files.usage
         self._settled = usage <= target
         self._written = target if self._settled else usage + margin(usage)
-        self._write("memory.max", self._written)
+        self._files.set(self._written)
 
     def _lift(self) -> None:
-        if self.own.version == 1:
-            self._write("memory.limit_in_bytes", _V1_NONE)
-        else:
-            self._write("memory.max", _V2_NONE)
-            self._write("memory.high", _V2_NONE)
+        self._files.set(None)
+        if not self._files.v1:
+            self._files.write("high", "max")
 
     # what became of it ----------------------------------------------------------------------
 
     def decode_begins(self) -> None:
         """What is waited for from now on is waited for while tokens are generated."""
-        self._decode_began = self.watch.pressure()
+        self._decode_began = stalls(self._host, self.own.directory)
 
     @property
     def peak_bytes(self) -> int:
@@ -174,7 +171,7 @@ class BudgetCgroup:
 
     def record(self, decode_s: float | None = None) -> dict[str, Any]:
         """`memory.cgroup` of `run --json`. decode_s: how long the decoding took. Times in seconds."""
-        events, pressure = self.watch.events(), self.watch.pressure()
+        events, stalled = cgroup_events(self._host, self.own), stalls(self._host, self.own.directory)
         began = self._entered[1]
         return {
             "version": self.own.version,
@@ -189,23 +186,21 @@ class BudgetCgroup:
             "refault_bytes": events.refault_bytes - began.refault_bytes,
             "scanned_bytes": _since(events.scanned_bytes, began.scanned_bytes),
             "reclaimed_bytes": _since(events.reclaimed_bytes, began.reclaimed_bytes),
-            **_stalls(pressure, self._entered[0], self._decode_began, decode_s),
+            **_lost(stalled, self._entered[0], self._decode_began, decode_s),
         }
 
     def _peak(self) -> int:
-        text = self._host.attribute(self._file(self._peak_file))
-        if text.isdecimal() and int(text) > self._peak_before:
-            return int(text)
-        return self._usage_peak
+        peak = self._files.peak
+        return peak if peak is not None and peak > self._peak_before else self._usage_peak
 
     def _forget_peak(self) -> None:
         """What was charged before there was a limit is not what the limit allowed."""
-        self._usage_peak = self._number(self._usage_file)
-        with contextlib.suppress(OSError, ConfigError):
-            if self.own.version == 1:
-                self._write(self._peak_file, 0)
-            else:  # no kernel before 6.12 forgets it
-                self._peak_before = self._number(self._peak_file)
+        self._usage_peak = self._files.usage
+        if not self._files.v1:  # no kernel before 6.12 forgets it
+            self._peak_before = self._files.peak or 0
+            return
+        with contextlib.suppress(OSError):
+            self._files.forget_peak()
 
     # the end --------------------------------------------------------------------------------
 
@@ -229,47 +224,25 @@ class BudgetCgroup:
     def __repr__(self) -> str:
         return f"<BudgetCgroup v{self.own.version} {self.own.directory}, limit {self.limit_bytes}>"
 
-    # files ----------------------------------------------------------------------------------
-
-    @property
-    def _limit_file(self) -> str:
-        return "memory.limit_in_bytes" if self.own.version == 1 else "memory.max"
-
-    @property
-    def _usage_file(self) -> str:
-        return "memory.usage_in_bytes" if self.own.version == 1 else "memory.current"
-
-    @property
-    def _peak_file(self) -> str:
-        return "memory.max_usage_in_bytes" if self.own.version == 1 else "memory.peak"
-
-    def _file(self, name: str) -> str:
-        return f"{self.own.directory}/{name}"
-
-    def _number(self, name: str) -> int:
-        text = self._host.attribute(self._file(name))
-        return int(text) if text.isdecimal() else 0
-
-    def _write(self, name: str, value: int | str) -> None:
-        self._host.write_text(self._file(name), str(value))
-
 
 def _since(now: int | None, then: int | None) -> int | None:
     return None if now is None or then is None else now - then
 
 
-def _stalls(
-    now: Pressure | None, entered: Pressure | None, decode: Pressure | None, decode_s: float | None
+def _lost(
+    now: Stalls | None, entered: Stalls | None, decode: Stalls | None, decode_s: float | None
 ) -> dict[str, Any]:
     """Seconds lost to reclaim since the process came, and of them while it decoded."""
+    names = ("stalls_of", "stall_some_s", "stall_full_s")
     words: dict[str, Any] = dict.fromkeys(
-        ("stalls_of", "stall_some_s", "stall_full_s", "decode_stall_s", "decode_stall_ratio")
+        (*names, "decode_stall_some_s", "decode_stall_s", "decode_stall_ratio")
     )
     if now and entered:
         words["stalls_of"] = now.of
         words["stall_some_s"] = now.some_s - entered.some_s
         words["stall_full_s"] = now.full_s - entered.full_s
     if now and decode:
+        words["decode_stall_some_s"] = now.some_s - decode.some_s
         words["decode_stall_s"] = now.full_s - decode.full_s
         words["decode_stall_ratio"] = words["decode_stall_s"] / decode_s if decode_s else None
     return words

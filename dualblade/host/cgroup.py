@@ -95,6 +95,12 @@ def is_ours(directory: str) -> bool:
     return OURS.fullmatch(directory.rpartition("/")[2]) is not None
 
 
+def numbers(text: str) -> dict[str, int]:
+    """Of a file of "name number" lines."""
+    pairs = (line.split() for line in text.splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
+
+
 def tightest(levels: list[CgroupLevel]) -> CgroupLevel | None:
     """The level with the least headroom, the outermost of equals; None where none has a limit."""
     limited = [level for level in reversed(levels) if level.limit is not None]
@@ -213,8 +219,7 @@ def _reclaimable(stat: Mapping[str, int], lists: str, dirt: str) -> int:
 
 
 def _stat(host: Host, directory: str) -> dict[str, int]:
-    pairs = (line.split() for line in _read(host, f"{directory}/memory.stat").splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
+    return numbers(_read(host, f"{directory}/memory.stat"))
 
 
 def _v1_limit(nbytes: int) -> int | None:

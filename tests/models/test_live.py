@@ -34,7 +34,7 @@ from dualblade.settings import CacheSettings
 from dualblade.tensors import PathKind
 from dualblade.units import GIB, MIB
 from dualblade.watch import Look, MemoryWatch, look
-from spdk_glue import WRITE
+from spdk_glue import WRITE, MemOptions, Queue
 
 HEADS, HEAD_DIM, LAYERS, TOKENS = 4, 64, 6, 3000
 KV_BYTES = 2 * LAYERS * HEADS * HEAD_DIM * TOKENS * 2  # bfloat16
@@ -51,10 +51,12 @@ CACHE, DIRECT = PathKind.PAGE_CACHE, PathKind.DIRECT
 
 
 class Memory:
-    """What the machine seems to have; the process seems to take what it took at first."""
+    """What the machine seems to have, and whether all wait for more of it; the process seems to take what it
+    took at first."""
 
     def __init__(self, available: int):
         self.available = available
+        self.stalled = False
         self.anon = take_snapshot(Host()).process_anon
 
     def look(self, host: Host, fds: list[int]) -> Look:
@@ -68,7 +70,7 @@ class Memory:
                 process_anon=self.anon,
                 process_hugetlb=0,
             ),
-            pressure=Pressure(),
+            pressure=Pressure(full_s=seen.at if self.stalled else 0.0),
         )
 
 
@@ -158,6 +160,24 @@ def held_pages(fd: int) -> int:
     from spdk_glue import cached_bytes
 
     return cached_bytes(fd)
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_under_pressure_every_tensor_waits_for_a_chunk_to_leave(
+    direct_dir: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So blocks leave in few passes, however slow the drive is."""
+    slow = functools.partial(Queue.memory, script=MemOptions(bandwidth=10 * MIB))
+    monkeypatch.setattr(Queue, "memory", slow)
+    with cache_of(direct_dir, nvme="mem:64M") as cache:
+        rows = Rows(cache)
+        rows.step(1000)
+        governor = cache.storage.governor
+        memory.stalled = True
+        memory.available = KV_BYTES // 3
+        began = governor.steps
+        rows.until(lambda: rows.cached() <= KV_BYTES // 3)
+        assert governor.steps - began <= 3
 
 
 @pytest.mark.needs("uring", "o_direct")

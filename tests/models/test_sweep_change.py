@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dualblade.bench.change import COMPARED, Change, lowered_bytes, phases
-from dualblade.bench.limit import MemoryLimit, make_limit
+from dualblade.bench.limit import make_limit
 from dualblade.bench.workloads import Budget, Need
 from dualblade.cli.main import main
+from dualblade.host.memory_cgroup import MemoryCgroup
 from dualblade.host.sysfs import Host
 from dualblade.units import MIB
 
@@ -23,7 +24,7 @@ WORDS = ["bench", "sweep", "--model", "tiny", "--context", "300", "--keep-caches
 def test_the_limit_moves_after_each_third(tmp_path: Path) -> None:
     for name in ("memory.max", "memory.peak"):
         (tmp_path / name).write_text("900")
-    change = Change(MemoryLimit(Host(tmp_path), "", ("memory.max", "memory.peak")), BUDGET, NEED, 12)
+    change = Change(MemoryCgroup("", Host(tmp_path), 2), BUDGET, NEED, 12)
     seen = []
     for count in range(1, 13):
         change.on_token(count)
@@ -34,7 +35,7 @@ def test_the_limit_moves_after_each_third(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_the_kernel_refuses_is_counted(tmp_path: Path) -> None:
-    change = Change(MemoryLimit(Host(tmp_path), "/none", ("memory.max", "memory.peak")), BUDGET, NEED, 9)
+    change = Change(MemoryCgroup("/none", Host(tmp_path), 2), BUDGET, NEED, 9)
     for count in range(1, 10):
         change.on_token(count)
     assert change.refused == 2

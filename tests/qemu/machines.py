@@ -60,6 +60,8 @@ MACHINES = {
     "no-iommu": Machine(
         (Drive("BLANK0", (96,)), Drive("SPARE0"), Drive("META0", (32,), metadata=8)), 1024, False
     ),
+    # for whole runs, which take minutes and leave 2 GiB of their filesystem free
+    "runs": Machine((Drive("DISK0", (4096,)),), 1536, False),
 }
 
 

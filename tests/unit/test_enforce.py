@@ -391,6 +391,7 @@ def test_the_record(kernel) -> None:
         3 * page, 9 * page, 5 * page,
     )  # fmt: skip
     assert record["stalls_of"] == "cgroup"
+    assert record["decode_stall_some_s"] == pytest.approx(0.4)
     assert record["decode_stall_s"] == pytest.approx(0.1)
     assert record["decode_stall_ratio"] == pytest.approx(0.01)
     assert record["peak_bytes"] == 900 * MIB

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from dualblade.bench.limit import MemoryLimit, adopt, make_limit
+from dualblade.bench.limit import make_limit
+from dualblade.host.memory_cgroup import MemoryCgroup
 from dualblade.host.sysfs import Host
 from dualblade.units import MIB
 
 EATER = """
 import sys
-from dualblade.bench.limit import adopt
-adopt(sys.argv[1]).enter()
+from dualblade.host.memory_cgroup import MemoryCgroup
+from dualblade.host.sysfs import Host
+MemoryCgroup(sys.argv[1], Host()).enter()
 held = bytearray(int(sys.argv[2]))
 held[::4096] = bytes(len(held[::4096]))
 print("lived")
@@ -32,13 +34,13 @@ def limit() -> object:
     made.remove()
 
 
-def eat(limit: MemoryLimit, nbytes: int) -> subprocess.CompletedProcess[str]:
+def eat(limit: MemoryCgroup, nbytes: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", EATER, limit.directory, str(nbytes)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.needs("root")
-def test_it_holds_and_tells_the_peak(limit: MemoryLimit) -> None:
+def test_it_holds_and_tells_the_peak(limit: MemoryCgroup) -> None:
     assert eat(limit, 100 * MIB).stdout == "lived\n"
     assert limit.peak is None or 100 * MIB <= limit.peak <= 256 * MIB
     assert eat(limit, 400 * MIB).returncode == -9
@@ -79,7 +81,7 @@ def test_where_no_folder_can_be_made_it_says_so(tmp_path: Path) -> None:
 )
 def test_both_versions(files: tuple[str, str], limit_file: str, tmp_path: Path) -> None:
     group = {f"sys/fs/cgroup/run/{name}": "7" for name in (*files, "cgroup.procs")}
-    made = adopt("/sys/fs/cgroup/run", tree(tmp_path, group))
+    made = MemoryCgroup("/sys/fs/cgroup/run", tree(tmp_path, group))
     made.set(5 * MIB)
     assert (tmp_path / "sys/fs/cgroup/run" / limit_file).read_text() == str(5 * MIB)
     assert made.peak == 7

@@ -186,7 +186,7 @@ def test_no_copy_for_the_last_tokens() -> None:
 
 
 def test_under_pressure_nothing_is_promoted() -> None:
-    for pressure in ({"some": 20.0}, {"full": 2.0}, {"refaulted": 64 * MIB}):
+    for pressure in ({"some": 20.0}, {"full": 5.0}, {"refaulted": 64 * MIB}):
         facts = replace(FACTS, **pressure)
         assert facts.pressed
         assert revise(tensors([0] * 16), facts, GovernorState(), LIMITS).moves == ()
@@ -198,6 +198,22 @@ def test_what_the_kernel_took_is_demoted_under_pressure_alone() -> None:
     assert revise(tensors([32] * 16), taken, GovernorState(), LIMITS).moves == ()
     after, _, _ = settle(tensors([32] * 16), replace(taken, full=5.0), GovernorState(), LIMITS)
     assert 256 * MIB <= cached_bytes(after) <= 256 * MIB * 8 / 7
+
+
+@pytest.mark.parametrize(("full", "rests"), [(0.0, 4), (20.0, 40)])
+def test_after_a_demotion_more_memory_has_to_last(full: float, rests: int) -> None:
+    """Longer where pressure was the reason, unless more of it is to be seen."""
+    taken = replace(FACTS, number=9, resident=400 * MIB, room=384 * MIB, full=full)
+    went = revise(tensors([32] * 16), taken, GovernorState(), LIMITS)
+    assert went.state.rest == 9 + rests
+    states = apply(tensors([32] * 16), went)
+    ways, state = [], went.state
+    for number in range(10, 10 + LIMITS.patience):  # the room is back
+        decision = revise(states, replace(FACTS, number=number), state, LIMITS)
+        ways.append({move.to for move in decision.moves})
+        states, state = apply(states, decision), decision.state
+    assert not any(PathKind.PAGE_CACHE in way for way in ways[:-1])
+    assert ways[-1] == {PathKind.PAGE_CACHE}
 
 
 def test_what_has_no_room_on_the_direct_path_stays() -> None:
