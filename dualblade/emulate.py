@@ -317,7 +317,7 @@ def target_arguments(rpc: Path, cpu: int, memory_mib: int, hugepages: bool) -> l
     ]  # fmt: skip
 
 
-def hugepages_wanted(asked: Hugepages, memory_mib: int, host: Host = Host()) -> bool:  # noqa: B008
+def hugepages_wanted(asked: Hugepages, memory_mib: int, host: Host = Host()) -> bool:
     """Whether hugepages are used. Raises TargetError where the memory is not there."""
     free = free_hugepages(host)
     enough = round_up(memory_mib * MIB, _HUGEPAGE) // _HUGEPAGE <= free
@@ -337,7 +337,7 @@ def hugepages_wanted(asked: Hugepages, memory_mib: int, host: Host = Host()) -> 
     return asked
 
 
-def free_hugepages(host: Host = Host()) -> int:  # noqa: B008
+def free_hugepages(host: Host = Host()) -> int:
     """Of 2 MiB, that nobody has or was promised."""
     try:
         counts = [host.read_int(f"{_HUGEPAGE_POOL}/{name}_hugepages") for name in ("free", "resv")]

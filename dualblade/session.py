@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,44 +25,12 @@ from dualblade.offload import by_spdk
 from dualblade.planner import RunPlan
 from dualblade.predict import Prediction, model_shape, predict
 from dualblade.residency import MemorySnapshot, take_snapshot
+from dualblade.run_options import RunOptions, Watcher, read_prompt
 from dualblade.runner import Generated
-from dualblade.settings import CacheSettings
 from dualblade.speeds import remember_compute, storage_rates
 from dualblade.stream_choice import FASTER, Choice, Expected, choice_words
 from dualblade.stream_plans import choose_forecast
 from dualblade.zoo import resolve
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """The options of `run` and `plan`, as the user gave them. group_size: sequences that are generated at
-    once, None to let the budget decide."""
-
-    model: str
-    settings: CacheSettings
-    prompt: str | None = None
-    prompt_file: Path | None = None
-    prompt_len: int | None = None
-    max_new_tokens: int = 128
-    batch_size: int = 1
-    group_size: int | None = None
-    dtype: str | None = None
-    device: str = "cpu"
-    attention: str = "sdpa"
-    chunk: int | None = None
-    weights: str = "auto"
-    chat: bool = False
-    sampling: runner.Sampling = field(default_factory=runner.Sampling)
-    verify: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Watcher:
-    """Called as the run goes on. prefill(done, total) in tokens; text(piece) of the first sequence."""
-
-    stage: Callable[[str], None] = lambda text: None
-    prefill: Callable[[int, int], None] = lambda done, total: None
-    text: Callable[[str], None] = lambda piece: None
 
 
 class Session:
@@ -126,7 +93,7 @@ class Session:
             return runner.random_prompt(
                 options.batch_size, options.prompt_len, vocabulary, options.sampling.seed
             )
-        text = options.prompt if options.prompt is not None else _read(options.prompt_file)
+        text = options.prompt if options.prompt is not None else read_prompt(options.prompt_file)
         return runner.encode(self.tokenizer, [text] * options.batch_size, options.chat)
 
     def _forecast(self, empty: Any) -> Forecast:
@@ -400,17 +367,3 @@ def _group_record(result: Generated) -> dict[str, Any]:
         "decode_s": result.decode_s,
         "decode_s_per_token": result.s_per_token,
     }
-
-
-def _read(file: Path | None) -> str:
-    if file is None:
-        raise UsageError("there is no prompt", "pass --prompt TEXT, --prompt-file FILE or --prompt-len N")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the prompt file {file} cannot be read: {error}", "name another with --prompt-file"
-        ) from error
-    if not text.strip():
-        raise ConfigError(f"the prompt file {file} is empty")
-    return text

@@ -58,7 +58,7 @@ def open_generic(path: Path, options: QueueOptions) -> NvmeNamespace:
             raise
 
 
-def block_device_of(path: Path, host: Host = Host()) -> Path:  # noqa: B008
+def block_device_of(path: Path, host: Host = Host()) -> Path:
     """The block device of the same namespace. Raises TargetError where `path` is no generic device."""
     try:
         status = path.stat()

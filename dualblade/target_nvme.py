@@ -85,7 +85,7 @@ def nvme_options(nsid: int, hostnqn: str | None, timeout: float) -> NvmeOptions:
     )  # fmt: skip
 
 
-def check_pci(name: str, bdf: str, host: Host = Host()) -> None:  # noqa: B008
+def check_pci(name: str, bdf: str, host: Host = Host()) -> None:
     """Is SPDK in this build, and the drive there, with a userspace driver and open to this user? Asked
     before SPDK is started, which would not say. Raises TargetError."""
     driver = driver_of(bdf, host)

@@ -144,7 +144,7 @@ def _namespace(text: str) -> int:
     return int(text)
 
 
-def find_target(text: str, host: Host = Host()) -> Target:  # noqa: B008
+def find_target(text: str, host: Host = Host()) -> Target:
     """parse_target(), and for a node that is gone because its drive is bound the drive's PCI address.
 
     Raises UsageError.
@@ -235,7 +235,7 @@ def open_target(
     *,
     capacity: int | None,
     cache_dir: Path,
-    options: QueueOptions = QueueOptions(),  # noqa: B008
+    options: QueueOptions = QueueOptions(),
     create: bool = True,
     memory: int = 0,
     timeout: float = TIMEOUT,

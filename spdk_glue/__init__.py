@@ -13,6 +13,7 @@ from spdk_glue.errors import (
 )
 from spdk_glue.files import CachedPages, FileFacts, cached_bytes, cached_pages, file_facts, punch
 from spdk_glue.memory import PAGE, FileRegion, Region
+from spdk_glue.opening import MemOptions, NvmeOptions, QueueOptions
 from spdk_glue.pieces import Piece, plain
 from spdk_glue.queue import (
     FLUSH,
@@ -20,10 +21,7 @@ from spdk_glue.queue import (
     TRIM,
     WRITE,
     Medium,
-    MemOptions,
-    NvmeOptions,
     Queue,
-    QueueOptions,
     QueueStats,
     engines,
 )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from spdk_glue._ffi import ffi, lib
 from spdk_glue.cuda import Copier, Copies, Event, last_error
-from spdk_glue.env import first_words, take_log
+from spdk_glue.env import take_log
 from spdk_glue.errors import (
     Completion,
     GlueError,
@@ -23,6 +23,15 @@ from spdk_glue.errors import (
     why_no_uring,
 )
 from spdk_glue.memory import Region
+from spdk_glue.opening import (
+    MemOptions,
+    NvmeOptions,
+    QueueOptions,
+    c_options,
+    file_options,
+    why_no_commands,
+    why_no_controller,
+)
 from spdk_glue.pieces import Piece, plain
 
 READ, WRITE, TRIM, FLUSH = 0, 1, 2, 3
@@ -34,28 +43,6 @@ _BATCH = 64
 _NVME_ENGINES = ("spdk", "uring_cmd")
 _MEDIUM_TEXTS = ("transport", "serial", "model", "firmware", "uuid")
 _SLICE_S = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class QueueOptions:
-    """queue_depth: commands in flight. command_bytes: larger transfers are split at this size.
-    max_transfers: transfers accepted and not yet reaped. workers: hand commands to a few worker
-    threads at once, which copies from a buffered file in parallel."""
-
-    queue_depth: int = 32
-    command_bytes: int = 1 << 20
-    max_transfers: int = 256
-    workers: bool = False
-    drain_ms: int = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class MemOptions:
-    """The script of the `mem` engine. bandwidth: bytes a second (0: as fast as memory)."""
-
-    bandwidth: int = 0
-    latency_us: float = 0.0
-    reorder_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +58,6 @@ class QueueStats:
     max_in_flight: int
     registered_bytes: int
     cpu_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class NvmeOptions:
-    """How the spdk engine speaks to its controller. Seconds: timeout_s for one command, admin_s for
-    an admin command, open_s for the connection. hostnqn: who we say we are. dhchap_key,
-    dhchap_ctrlr_key: DH-HMAC-CHAP, "DHHC-1:..."; tls_psk: "NVMeTLSkey-1:..."."""
-
-    nsid: int = 1
-    timeout_s: float = 30.0
-    admin_s: float = 4.0
-    open_s: float = 15.0
-    hostnqn: str | None = None
-    dhchap_key: str | None = None
-    dhchap_ctrlr_key: str | None = None
-    tls_psk: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +101,14 @@ class Queue:
     """
 
     def __init__(
-        self, c_options: tuple[Any, ...], engine: str, options: QueueOptions, reason: str | None = None
+        self, opened: tuple[Any, ...], engine: str, options: QueueOptions, reason: str | None = None
     ):
         self.engine = engine
         self.options = options
         self.reason = reason
         self._pid = os.getpid()
-        self._keep = c_options
-        self._num_files = int(c_options[0].num_files)
+        self._keep = opened
+        self._num_files = int(opened[0].num_files)
         self._next_tag = 1
         self._waiting: set[int] = set()
         self._done: dict[int, Completion] = {}
@@ -146,7 +117,7 @@ class Queue:
         self._batch = ffi.new("glue_completion[]", _BATCH)
         self._queue: Any = None
         error = ffi.new("int *")
-        queue = lib.glue_queue_open(c_options[0], error)
+        queue = lib.glue_queue_open(opened[0], error)
         if error[0] == -errno.ENOTSUP:
             raise NotBuiltError(f"this build has no engine {engine!r} (it has: {', '.join(engines())})")
         check(error[0], f"open the {engine} engine")
@@ -165,14 +136,14 @@ class Queue:
         """Open files, which stay the caller's. engine: "auto" is io_uring, or threads ("posix") where
         there is none; `reason` then says why. Raises NotBuiltError, GlueError."""
         if engine != "auto":
-            return cls(_file_options(engine, fds, options), engine, options)
+            return cls(file_options(engine, fds, options), engine, options)
         try:
-            return cls(_file_options("uring", fds, options), "uring", options)
+            return cls(file_options("uring", fds, options), "uring", options)
         except (NotBuiltError, GlueError) as error:
             reason = why_no_uring(error)
             if reason is None:
                 raise
-        return cls(_file_options("posix", fds, options), "posix", options, reason)
+        return cls(file_options("posix", fds, options), "posix", options, reason)
 
     @classmethod
     def memory(
@@ -182,26 +153,26 @@ class Queue:
         script: MemOptions = MemOptions(),
     ) -> Queue:
         """A medium of `capacity` bytes in RAM, with a scripted speed and faults."""
-        c_options = _c_options(
+        opened = c_options(
             "mem", options, num_files=1, capacity=capacity, bandwidth=script.bandwidth,
             latency_ns=int(script.latency_us * 1000), seed=script.reorder_seed or 0,
             flags=0 if script.reorder_seed is None else 1,
         )  # fmt: skip
-        return cls(c_options, "mem", options)
+        return cls(opened, "mem", options)
 
     @classmethod
     def nvme_generic(cls, fd: int, options: QueueOptions = QueueOptions()) -> Queue:
         """A namespace by NVMe commands through io_uring: its open generic device, such as /dev/ng0n1, which
         stays the caller's. Raises NotBuiltError, GlueError with the reason."""
         try:
-            return cls(_file_options("uring_cmd", [fd], options), "uring_cmd", options)
+            return cls(file_options("uring_cmd", [fd], options), "uring_cmd", options)
         except GlueError as error:
-            raise GlueError(error.errno or errno.EIO, _why_no_commands(error)) from error
+            raise GlueError(error.errno or errno.EIO, why_no_commands(error)) from error
 
     @classmethod
     def null(cls, options: QueueOptions = QueueOptions()) -> Queue:
         """Completes at once and moves nothing."""
-        return cls(_c_options("null", options, num_files=1), "null", options)
+        return cls(c_options("null", options, num_files=1), "null", options)
 
     @classmethod
     def nvme(
@@ -217,16 +188,16 @@ class Queue:
             for name in ("hostnqn", "dhchap_key", "dhchap_ctrlr_key", "tls_psk")
             if (text := getattr(nvme, name)) is not None
         }
-        c_options = _c_options(
+        opened = c_options(
             "spdk", options, num_files=1, target=ffi.new("char[]", transport_id.encode()), nsid=nvme.nsid,
             timeout_ms=int(nvme.timeout_s * 1000), admin_timeout_ms=int(nvme.admin_s * 1000),
             open_ms=int(nvme.open_s * 1000), **texts,
         )  # fmt: skip
         take_log()
         try:
-            return cls(c_options, "spdk", options)
+            return cls(opened, "spdk", options)
         except GlueError as error:
-            raise GlueError(error.errno or errno.EIO, _why_not(error, nvme)) from error
+            raise GlueError(error.errno or errno.EIO, why_no_controller(error, nvme)) from error
 
     # submit ---------------------------------------------------------------------------------
 
@@ -447,45 +418,6 @@ class Queue:
         return f"<Queue {self.engine}, {state}>"
 
 
-def _why_not(error: GlueError, nvme: NvmeOptions) -> str:
-    """Why a controller could not be opened."""
-    reasons = {
-        errno.ETIMEDOUT: f"no connection within {nvme.open_s:g} s; a vfio-user controller serves one client",
-        errno.EBUSY: "this process has the controller open already",
-        errno.ENXIO: f"the controller has no active namespace {nvme.nsid}",
-        errno.EMEDIUMTYPE: "the namespace is formatted with metadata, or with blocks larger than 4 KiB",
-        errno.EINVAL: "SPDK cannot read the transport id, or a key",
-        errno.ECHILD: "SPDK's environment does not run in this process",
-    }
-    return reasons.get(error.errno or 0) or f"cannot connect: {first_words()}"
-
-
-def _why_no_commands(error: GlueError) -> str:
-    """Why a generic device could not be opened."""
-    reasons = {
-        errno.ENOTTY: "it is no NVMe generic device, as /dev/ng0n1 is",
-        errno.EACCES: "NVMe commands are root's; on Linux 6.2 or later also of whoever may write the device",
-        errno.ENXIO: "the namespace is not active",
-        errno.EMEDIUMTYPE: "the namespace has metadata or blocks larger than 4 KiB, or is zoned",
-        errno.ENOSYS: "the kernel has no NVMe commands through io_uring: Linux 5.19 or later has them",
-    }
-    return reasons.get(error.errno or 0) or why_no_uring(error) or str(error.strerror)
-
-
 def engines() -> list[str]:
     """The engines of this build."""
     return ffi.string(lib.glue_engines()).decode().split()
-
-
-def _file_options(kind: str, fds: Sequence[int], options: QueueOptions) -> tuple[Any, ...]:
-    c_fds = ffi.new("int[]", list(fds))
-    return _c_options(kind, options, fds=c_fds, num_files=len(fds), flags=2 if options.workers else 0)
-
-
-def _c_options(kind: str, options: QueueOptions, **fields: Any) -> tuple[Any, ...]:
-    name = ffi.new("char[]", kind.encode())
-    c_options = ffi.new("glue_options *", {
-        "kind": name, "queue_depth": options.queue_depth, "command_bytes": options.command_bytes,
-        "max_transfers": options.max_transfers, "drain_ms": options.drain_ms, **fields,
-    })  # fmt: skip
-    return c_options, name, fields  # cffi structs do not own what their pointers name

@@ -36,7 +36,7 @@ def open_file(folder: Path, nbytes: int = CAPACITY, flags: int = os.O_DIRECT) ->
 
 @contextmanager
 def open_queue(
-    engine: str, folder: Path, options: QueueOptions = QueueOptions(), capacity: int = CAPACITY,  # noqa: B008
+    engine: str, folder: Path, options: QueueOptions = QueueOptions(), capacity: int = CAPACITY,
     script: MemOptions = SHUFFLED,
 ) -> Iterator[Queue]:  # fmt: skip
     """On a medium of zeros: a file, "uring" past the page cache or "buffered" through it, the spare
@@ -74,7 +74,7 @@ def open_namespace(capacity: int = CAPACITY) -> Iterator[int]:
 
 
 def new_queue(
-    engine: str, fd: int, options: QueueOptions = QueueOptions(), capacity: int = CAPACITY,  # noqa: B008
+    engine: str, fd: int, options: QueueOptions = QueueOptions(), capacity: int = CAPACITY,
     script: MemOptions = SHUFFLED,
 ) -> Queue:  # fmt: skip
     if engine == "mem":

@@ -12,7 +12,7 @@ from dualblade.host.sysfs import Host
 _MOUNT = "/sys/fs/cgroup"
 
 
-def make_limit(name: str, nbytes: int, host: Host = Host()) -> MemoryCgroup | str:  # noqa: B008
+def make_limit(name: str, nbytes: int, host: Host = Host()) -> MemoryCgroup | str:
     """A cgroup below this process's own with that limit, or one line why there is none. Raises ConfigError
     where this process is in a memory cgroup whose files cannot be read."""
     reason = ""

@@ -23,7 +23,8 @@ def plan(as_json: bool, context: int, **options: Any) -> None:
     """Show which KV tensor goes where, and why. Touches nothing."""
     settings = settings_from(options)
     from dualblade.models import quiet_libraries
-    from dualblade.session import RunOptions, Session
+    from dualblade.run_options import RunOptions
+    from dualblade.session import Session
 
     quiet_libraries()
     session = Session(

@@ -92,8 +92,8 @@ def _one_prompt(options: dict[str, Any]) -> None:
 
 def _run_options(options: dict[str, Any], settings: Any) -> Any:
     from dualblade.models import quiet_libraries
+    from dualblade.run_options import RunOptions
     from dualblade.runner import Sampling
-    from dualblade.session import RunOptions
 
     quiet_libraries()
     return RunOptions(
@@ -117,7 +117,8 @@ def _run_options(options: dict[str, Any], settings: Any) -> Any:
 
 
 def _generate(options: Any, show_text: bool) -> dict[str, Any]:
-    from dualblade.session import Session, Watcher
+    from dualblade.run_options import Watcher
+    from dualblade.session import Session
 
     screen = console()
     progress = Progress(

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def main(words: Sequence[str] | None = None, host: Host = Host()) -> int:  # noqa: B008
+def main(words: Sequence[str] | None = None, host: Host = Host()) -> int:
     """The exit code: 0 done, 1 refused or failed, 2 usage."""
     parser = Parser("python3 -m dualblade.host", description=__doc__, epilog=_EXAMPLE)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

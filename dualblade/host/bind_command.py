@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return made
 
 
-def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
+def run(args: argparse.Namespace, host: Host = Host()) -> int:
     """The exit code. Raises UsageError, BindError."""
     args.words = _words(args)
     with errors_told(args.as_json):

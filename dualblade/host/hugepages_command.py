@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return made
 
 
-def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
+def run(args: argparse.Namespace, host: Host = Host()) -> int:
     """The exit code. Raises UsageError, ConfigError; where the kernel grants less, after the record."""
     with errors_told(args.as_json):
         record, short = _do(args, host)

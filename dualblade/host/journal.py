@@ -101,7 +101,7 @@ def now() -> str:
 # what others ask --------------------------------------------------------------------------------
 
 
-def bound_address(node: str, host: Host = Host()) -> str | None:  # noqa: B008
+def bound_address(node: str, host: Host = Host()) -> str | None:
     """The PCI address that a node such as /dev/nvme1n1 stood for before it was bound, or None.
 
     None also where the node is there (again), or where the drive is with the kernel: then the node
@@ -111,7 +111,7 @@ def bound_address(node: str, host: Host = Host()) -> str | None:  # noqa: B008
     return found[0] if found else None
 
 
-def bound_namespace(node: str, host: Host = Host()) -> tuple[str, int] | None:  # noqa: B008
+def bound_namespace(node: str, host: Host = Host()) -> tuple[str, int] | None:
     """(PCI address, namespace id) as bound_address(); the namespace of a controller's own node is 1."""
     if host.exists(node):
         return None

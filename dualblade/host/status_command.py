@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return made
 
 
-def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
+def run(args: argparse.Namespace, host: Host = Host()) -> int:
     """The exit code."""
     with errors_told(args.as_json):
         record = {"ok": True, "privileged": os.geteuid() == 0} | status(host)

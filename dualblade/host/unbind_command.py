@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return made
 
 
-def run(args: argparse.Namespace, host: Host = Host()) -> int:  # noqa: B008
+def run(args: argparse.Namespace, host: Host = Host()) -> int:
     """The exit code. Raises BindError."""
     args.words = ["unbind", args.device, *(["--json"] if args.as_json else [])]
     with errors_told(args.as_json):

@@ -58,7 +58,7 @@ def posix(*fds: int, **options: int) -> Queue:
 def open_queue(
     folder: Path,
     flags: int,
-    options: QueueOptions = QueueOptions(),  # noqa: B008
+    options: QueueOptions = QueueOptions(),
     capacity: int = CAPACITY,
     script: object = None,
 ) -> Iterator[Queue]:

@@ -30,7 +30,7 @@ class MemPath(RawPath):
 
     def __init__(
         self,
-        options: QueueOptions = QueueOptions(),  # noqa: B008
+        options: QueueOptions = QueueOptions(),
         script: MemOptions = SHUFFLED,
         kind: PathKind = PathKind.DIRECT,
         timeout_s: float = 30.0,

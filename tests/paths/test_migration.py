@@ -35,7 +35,7 @@ OPTIONS = QueueOptions(command_bytes=PAGE, drain_ms=100)
 NO_CHECKS = list(HealthCheck)
 
 
-def two_paths(script: MemOptions = MemOptions(latency_us=20, reorder_seed=3)) -> dict:  # noqa: B008
+def two_paths(script: MemOptions = MemOptions(latency_us=20, reorder_seed=3)) -> dict:
     return {CACHE: DroppingPath(OPTIONS, script), DIRECT: MemPath(OPTIONS, script)}
 
 

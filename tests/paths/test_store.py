@@ -56,9 +56,9 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def mem_store(
     shape: Shape,
-    options: QueueOptions = QueueOptions(),  # noqa: B008
+    options: QueueOptions = QueueOptions(),
     placed: bool = False,
-    script: MemOptions = MemOptions(latency_us=20, reorder_seed=1),  # noqa: B008
+    script: MemOptions = MemOptions(latency_us=20, reorder_seed=1),
     kinds: tuple[PathKind, ...] = tuple(PathKind),
 ) -> Iterator[Checked]:
     paths = {kind: MemPath(options, script, kind) for kind in kinds}

@@ -90,7 +90,7 @@ def opened(target: str, spdk_env: Environment) -> Iterator[OpenQueue]:
     """Opens a queue, which is closed after the test at the latest."""
     with ExitStack() as stack:
 
-        def opened(options: QueueOptions = QueueOptions(), nvme: NvmeOptions = IMPATIENT) -> Queue:  # noqa: B008
+        def opened(options: QueueOptions = QueueOptions(), nvme: NvmeOptions = IMPATIENT) -> Queue:
             return stack.enter_context(Queue.nvme(target, options, nvme))
 
         yield opened

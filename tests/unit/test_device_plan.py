@@ -12,7 +12,8 @@ from dualblade import session
 from dualblade.device_cuda import Accelerator
 from dualblade.errors import BudgetError, ConfigError
 from dualblade.forecast import device_bytes
-from dualblade.session import RunOptions, Session
+from dualblade.run_options import RunOptions
+from dualblade.session import Session
 from dualblade.settings import CacheSettings
 from dualblade.units import GIB, MIB
 
