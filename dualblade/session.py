@@ -10,7 +10,7 @@ from typing import Any
 
 from dualblade import loading, models, runner
 from dualblade.achieved import remember_run
-from dualblade.bench.compute import compute_name, known_compute, measure_compute
+from dualblade.bench.compute import CPU, compute_name, known_compute, measure_compute
 from dualblade.cost import ComputeRates
 from dualblade.device import leave_a_cpu
 from dualblade.device_cuda import find_accelerator
@@ -30,6 +30,7 @@ from dualblade.runner import Generated
 from dualblade.speeds import remember_compute, storage_rates
 from dualblade.stream_choice import FASTER, Choice, Expected, choice_words
 from dualblade.stream_plans import choose_forecast
+from dualblade.units import counted
 from dualblade.zoo import resolve
 
 
@@ -156,6 +157,10 @@ class Session:
         return self.accelerator.name if self.accelerator else "cpu"
 
     @property
+    def device_model(self) -> str:
+        return self.accelerator.model if self.accelerator else CPU
+
+    @property
     def attention(self) -> str:
         """What the model is built with."""
         return STREAMED if self.prefill.streamed else self.options.attention
@@ -175,7 +180,9 @@ class Session:
         """What a run of `plan` will take. compute: as measured now; None for what is known of this CPU."""
         folder = self.settings.cache_dir
         if compute is None:
-            compute = known_compute(self.config, self.dtype, self.prefill.streamed, self.settings)
+            compute = known_compute(
+                self.config, self.dtype, self.prefill.streamed, self.settings, self.device_model
+            )
         return predict(
             self.shape,
             plan,
@@ -220,7 +227,7 @@ class Session:
             record = self._record(results, text) | predicted.record() | device | cache.report()
             record["pipeline"]["stream_choice"] = self.choice.record() if self.choice else None
             for streamed, each in rates.items():
-                name = compute_name(self.config, self.dtype, streamed)
+                name = compute_name(self.config, self.dtype, streamed, self.device_model)
                 remember_compute(self.settings.cache_dir, name, each)
             remember_run(cache.storage)
         if self.settings.cgroup:
@@ -254,10 +261,8 @@ class Session:
     def _load(self, folder: Path | None) -> Any:
         options = self.options
         if folder is None:
-            layers = models.text_config(self.config).num_hidden_layers
-            self.watcher.stage(
-                f"dummy weights: random values, and one decoder layer shared by all {layers} layers"
-            )
+            layers = counted(models.text_config(self.config).num_hidden_layers, "layer")
+            self.watcher.stage(f"dummy weights: random values, and one decoder layer shared by all {layers}")
             return loading.dummy_model(
                 self.config, self.dtype, self.attention, options.sampling.seed, self.device
             )

@@ -35,5 +35,10 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 layer", "3 layers"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

@@ -24,6 +24,7 @@ from dualblade.settings import CacheSettings
 from dualblade.speeds import compute_rates
 from dualblade.streaming import Visible, attend
 
+CPU = "CPU"  # no device beside it
 ROWS = (1, 4, 16, 64, 256)
 OPERATIONS = 1e9  # of one timed product: some milliseconds
 QUERIES, KEYS = 256, 1024
@@ -35,17 +36,21 @@ LONGEST_PASS_S = 0.25
 USUAL_LAYER_S = 3e-4
 
 
-def compute_name(config: Any, dtype: torch.dtype, streamed: bool) -> str:
-    """What rates are kept under: they hold for models of this width, with so many threads."""
+def compute_name(config: Any, dtype: torch.dtype, streamed: bool, device: str = CPU) -> str:
+    """What rates are kept under: they hold for models of this width, with so many threads or on a device of
+    this model."""
     how = "streamed" if streamed else "one piece"
     width = text_config(config).hidden_size
-    return f"{str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads, width {width}, {how}"
+    where = f"{torch.get_num_threads()} threads" if device == CPU else device
+    return f"{str(dtype).removeprefix('torch.')}, {where}, width {width}, {how}"
 
 
-def known_compute(config: Any, dtype: torch.dtype, streamed: bool, settings: CacheSettings) -> ComputeRates:
+def known_compute(
+    config: Any, dtype: torch.dtype, streamed: bool, settings: CacheSettings, device: str = CPU
+) -> ComputeRates:
     """What a run with these settings measured last, or else assumed. SPDK's polling takes a thread."""
     with leave_a_cpu(by_spdk(settings.nvme)):
-        name = compute_name(config, dtype, streamed)
+        name = compute_name(config, dtype, streamed, device)
     return compute_rates(settings.cache_dir, name, dtype.itemsize)
 
 

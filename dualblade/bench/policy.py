@@ -26,6 +26,7 @@ from dualblade.store import KVStore
 from dualblade.superblock import capacity_for
 from dualblade.targets import open_target, open_volume
 from dualblade.tensors import PathKind, TensorKey
+from dualblade.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def run_policy_bench(bench: PolicyBench, say: Callable[[str], None]) -> dict[str
     rows = []
     for share in bench.shares:
         for depth in bench.depths:
-            say(f"{share:.0%} of the KV in the page cache, {depth} layers ahead")
+            say(f"{share:.0%} of the KV in the page cache, {counted(depth, 'layer')} ahead")
             rows.append({"cached": share, "prefetch_depth": depth} | _compare(bench, share, depth))
     return {"kv_bytes": bench.layers * bench.tokens * 4096, "rows": rows}
 

@@ -31,7 +31,7 @@ from dualblade.store import KVStore
 from dualblade.streamed_store import StreamedStore
 from dualblade.tensors import Placement, TensorKey
 from dualblade.traffic import copy_pace
-from dualblade.units import MIB
+from dualblade.units import MIB, counted
 from spdk_glue import READ, MemOptions, Piece, Queue
 
 LAYERS = (1, 2, 7, 32)
@@ -108,7 +108,8 @@ def run_scripted_bench(
         for layers in layer_counts:
             for part, (compute, copy) in DOMINATING.items():
                 script = Script(layers, compute * LAYER_S, copy * LAYER_S, streamed)
-                say(f"{layers} layers, {'streamed' if streamed else 'one piece'}, dominating: {part}")
+                way = "streamed" if streamed else "one piece"
+                say(f"{counted(layers, 'layer')}, {way}, dominating: {part}")
                 rows.append(_row(script, part, rounds))
     return {"bandwidth_bytes_s": BANDWIDTH, "rounds": rounds, "rows": rows}
 

@@ -14,6 +14,7 @@ from dualblade.cli.output import console, emit, json_option, table
 from dualblade.errors import ConfigError
 from dualblade.settings import KV_PATHS, PIPELINES
 from dualblade.trace import Trace, combined
+from dualblade.units import counted
 
 _PLAIN = {"page_cache_budget": None, "policy": None, "capacity": None, "checksum": False, "stream": "never"}
 
@@ -140,7 +141,7 @@ def _show(record: dict[str, Any], timeline: list[str], prefill: list[str]) -> No
         "stall_s": "waited for storage",
     }
     _times(record, names, "ms (median)")
-    click.echo(f"{record['prefetch_depth']} layers fetched ahead ({record['mode']})")
+    click.echo(f"{counted(record['prefetch_depth'], 'layer')} fetched ahead ({record['mode']})")
     click.echo(f"overlap efficiency, max(storage, copy, compute) / step: {record['overlap_efficiency']:.2f}")
     for line in timeline:
         click.echo(line)

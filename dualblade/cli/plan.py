@@ -10,7 +10,7 @@ import click
 from dualblade.cli.options import model_options, settings_from
 from dualblade.cli.output import describe_device, emit, json_option
 from dualblade.stream_choice import choice_words
-from dualblade.units import format_size
+from dualblade.units import counted, format_size
 
 
 @click.command(epilog="Example: dualblade-spdk plan --model tiny --mem-budget 1G --context 4096")
@@ -124,7 +124,7 @@ def _show(record: dict[str, Any], predicted: list[str]) -> None:
         click.echo(choice_words(record["stream_choice"]))
     for kind, count in record["kept_in_memory"]["layers"].items():
         click.echo(
-            f"{count} layers of {kind} keep their own cache in memory: it does not grow with the context"
+            f"{counted(count, 'layer')} of {kind} in memory, in a cache that does not grow with the context"
         )
     for line in _placement_lines(record["placements"]):
         click.echo(line)

@@ -19,7 +19,7 @@ from dualblade.cli.options import model_options, settings_from
 from dualblade.cli.output import console, describe_device, emit, json_option
 from dualblade.errors import ConfigError, UsageError
 from dualblade.stream_choice import choice_words
-from dualblade.units import format_size
+from dualblade.units import counted, format_size
 
 
 @click.command(epilog='Example: dualblade-spdk run --model tiny --mem-budget 1G --prompt "The list type"')
@@ -193,12 +193,12 @@ def show_summary(record: dict[str, Any]) -> None:
 
 def _pipeline_line(pipeline: dict[str, Any]) -> str:
     depth, limit = pipeline["prefetch_depth"], pipeline["prefetch_depth_limit"]
-    words = f"pipeline {pipeline['mode']}: {depth} layers fetched ahead, of at most {limit}"
+    words = f"pipeline {pipeline['mode']}: {counted(depth, 'layer')} fetched ahead, of at most {limit}"
     if not limit and not pipeline["chunk_tokens"] and pipeline["mode"] in ("adaptive", "cross-layer"):
         words += "; slower, because the budget holds one layer's slots alone"
     if pipeline["chunk_tokens"]:
         words = f"pipeline {pipeline['mode']}: chunks of this layer and the next ones fetched ahead"
-    return f"{words}; {len(pipeline['decisions'])} decisions (--json has their reasons)"
+    return f"{words}; {counted(len(pipeline['decisions']), 'decision')} (--json has their reasons)"
 
 
 def _closing_lines(record: dict[str, Any]) -> list[str]:
