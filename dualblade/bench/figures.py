@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,30 +18,20 @@ ENOUGH_ROUNDS = 7  # fewer say nothing about 95 %
 REFERENCE = "flexgen"
 
 
-class Limit(Protocol):
-    """GiB/s of the drive."""
-
-    @property
-    def read(self) -> float: ...
-    @property
-    def write(self) -> float: ...
-
-
-def summarise(
-    kv_bytes: int, runs: Sequence[Run], limits: Sequence[Limit], computes: Sequence[Run]
-) -> dict[str, Any]:
-    """Rows, one a budget and baseline, and what holds for all of them."""
+def summarise(kv_bytes: int, runs: Sequence[Run], computes: Sequence[Run]) -> dict[str, Any]:
+    """Rows, one a budget and baseline, and what holds for all of them. computes: compute alone, round after
+    round, and the drive's limit beside it."""
     common = {
         "compute_s_per_token": median(computes, "decode_s_per_token"),
         "compute_prefill_s": median(computes, "prefill_s"),
-        "ssd_limit_gib_s": statistics.median(limit.read for limit in limits) if limits else None,
-        "ssd_write_limit_gib_s": statistics.median(limit.write for limit in limits) if limits else None,
+        "ssd_limit_gib_s": median(runs, "limit_read_gib_s"),
+        "ssd_write_limit_gib_s": median(runs, "limit_write_gib_s"),
+        "ssd_limit_computing_gib_s": median(computes, "limit_computing_gib_s"),
     }
     exact = reference_digests(runs)
-    rows = [_row(kv_bytes, group, limits, common, exact) for group in _groups(runs).values()]
+    rows = [_row(kv_bytes, group, computes, common, exact) for group in _groups(runs).values()]
     _add_ratios(rows, runs)
     return common | {
-        "limits": [{"read_gib_s": limit.read, "write_gib_s": limit.write} for limit in limits],
         "rows": rows,
         "runs": [dict(run) for run in runs],
         "computes": [dict(run) for run in computes],
@@ -86,7 +76,7 @@ def reference_digests(runs: Sequence[Run]) -> dict[str, Any]:
 def _row(
     kv_bytes: int,
     runs: Sequence[Run],
-    limits: Sequence[Limit],
+    computes: Sequence[Run],
     common: Mapping[str, Any],
     exact: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -104,42 +94,51 @@ def _row(
         "decode_spread_s": spread(runs, "decode_s_per_token"),
         "read_bytes_per_token": median(runs, "read_bytes_per_token"),
         "read_gib_s": median([_speed(run) for run in runs], "read_gib_s"),
-        "ssd_utilisation": median([_speed(run, limits) for run in runs], "ssd_utilisation"),
+        "ssd_utilisation": median([_speed(run) for run in runs], "ssd_utilisation"),
         "peak_bytes": max(peak(run) for run in runs),
         "sampled_peak_bytes": max(run["peak_bytes"] for run in runs),
         "verified": all(run[name] == value for run in runs for name, value in exact.items()),
         "facts": first["facts"],
         **common,
-        **_bounds(kv_bytes, uncached, median(runs, "prefill_s"), median(runs, "decode_s_per_token"), common),
+        **_bounds(kv_bytes, uncached, runs, computes, common),
     }
 
 
-def _speed(run: Run, limits: Sequence[Limit] = ()) -> dict[str, float | None]:
-    """While reads were under way, also as a part of the same round's limit. None where nothing was read."""
+def _speed(run: Run) -> dict[str, float | None]:
+    """While reads were under way, also as a part of the limit just before the run. None where nothing was
+    read."""
     read, busy = run["read_bytes_per_token"], run["read_busy_s_per_token"]
     if not read or not busy:
         return {"read_gib_s": None, "ssd_utilisation": None}
     speed = read / GIB / busy
-    limit = limits[run["round"]].read if limits else None
-    return {"read_gib_s": speed, "ssd_utilisation": speed / limit if limit else None}
+    return {"read_gib_s": speed, "ssd_utilisation": speed / run["limit_read_gib_s"]}
 
 
 def _bounds(
-    kv_bytes: int, uncached: int, prefill: float | None, decode: float | None, common: Mapping[str, Any]
+    kv_bytes: int, uncached: int, runs: Sequence[Run], computes: Sequence[Run], common: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """No system that is exact can be faster: it computes, and reads what the budget cannot hold."""
-    if decode is None or prefill is None or not common["ssd_limit_gib_s"]:
-        return {}
-    bound = max(common["compute_s_per_token"], uncached / GIB / common["ssd_limit_gib_s"])
-    writing = kv_bytes / GIB / common["ssd_write_limit_gib_s"]
-    prefill_bound = max(common["compute_prefill_s"], writing)
+    """No system that is exact can be faster: it computes, and reads what the budget cannot hold. Ratios are
+    to the compute of the same round and the drive's limit just before the run, their median."""
+    overall = _bound(uncached, common["compute_s_per_token"], common["ssd_limit_gib_s"])
+    prefill = _bound(kv_bytes, common["compute_prefill_s"], common["ssd_write_limit_gib_s"])
+    decode_ratios, prefill_ratios = [], []
+    for run in runs:
+        alone = computes[run["round"]]
+        bound = _bound(uncached, alone["decode_s_per_token"], run["limit_read_gib_s"])
+        decode_ratios.append(run["decode_s_per_token"] / bound)
+        bound = _bound(kv_bytes, alone["prefill_s"], run["limit_write_gib_s"])
+        prefill_ratios.append(run["prefill_s"] / bound)
     return {
         "uncached_bytes": uncached,
-        "bound_s_per_token": bound,
-        "decode_vs_bound": decode / bound,
-        "prefill_bound_s": prefill_bound,
-        "prefill_vs_bound": prefill / prefill_bound,
+        "bound_s_per_token": overall,
+        "decode_vs_bound": statistics.median(decode_ratios),
+        "prefill_bound_s": prefill,
+        "prefill_vs_bound": statistics.median(prefill_ratios),
     }
+
+
+def _bound(nbytes: int, compute_s: float, gib_s: float) -> float:
+    return max(compute_s, nbytes / GIB / gib_s)
 
 
 # ratios -------------------------------------------------------------------------------------

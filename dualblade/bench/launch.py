@@ -18,11 +18,18 @@ from dualblade.errors import DualBladeError
 _CHILD = [sys.executable, "-m", "dualblade.bench.child"]
 
 
+OnToken = Callable[[int], None]
+
+
+def no_one(count: int) -> None:
+    """Is told of a token."""
+
+
 class ChildFailed(DualBladeError):
     """A trial that gave no record, and why, in one line."""
 
 
-def run_child(trial: Trial, on_token: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+def run_child(trial: Trial, on_token: OnToken = no_one) -> dict[str, Any]:
     """The trial's record. on_token(n) is called when the n-th token is there. Raises ChildFailed."""
     with tempfile.TemporaryFile("w+") as talk:
         # threads that wait for each other asleep: the I/O needs the CPUs that spinning would take
@@ -44,7 +51,7 @@ def run_child(trial: Trial, on_token: Callable[[int], None] = lambda count: None
         raise ChildFailed(last.get("error") or _why(status, talk), last.get("hint"))
 
 
-def _listen(child: subprocess.Popen[str], trial: Trial, on_token: Callable[[int], None]) -> dict[str, Any]:
+def _listen(child: subprocess.Popen[str], trial: Trial, on_token: OnToken) -> dict[str, Any]:
     """The last thing it said."""
     assert child.stdin
     assert child.stdout

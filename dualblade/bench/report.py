@@ -174,7 +174,8 @@ def facts(record: Mapping[str, Any]) -> list[str]:
         f"{machine['cpus']} CPUs ({machine['cpu']}), {format_size(machine['memory_bytes'])} of memory, "
         f"Linux {machine['kernel']}, torch {machine['torch']}, transformers {machine['transformers']}",
         f"drive: {record['target']}; read {_number(record['ssd_limit_gib_s'], 2)} GiB/s, "
-        f"write {_number(record['ssd_write_limit_gib_s'], 2)} GiB/s (sequential, O_DIRECT, 1 MiB, depth 32)",
+        f"write {_number(record['ssd_write_limit_gib_s'], 2)} GiB/s (sequential, O_DIRECT, 1 MiB, depth 32); "
+        f"read beside compute {_number(record['ssd_limit_computing_gib_s'], 2)} GiB/s",
         f"compute alone: prefill {_number(record['compute_prefill_s'], 2)} s, "
         f"{_number(record['compute_s_per_token'], 3)} s a token",
         "budgets enforced by a memory cgroup for each run"
@@ -195,9 +196,12 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"part of the KV bytes that the first column tells: {_budgets(record)}. It is the same for every "
         "baseline.",
         "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
-        "cannot hold.",
+        "cannot hold. x bound: to the compute of the same round and the limit just before the run.",
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
-        "of SSD: bytes read a second while reads were under way, as a part of the limit of the same round.",
+        "of SSD: bytes read a second while reads were under way, as a part of the drive's limit just before "
+        "the run.",
+        "Beside compute: what the drive reads while every CPU attends to KV in memory. The two share the "
+        "memory's bandwidth, so decoding may see less than the limit.",
         "peak: what the cgroup was charged with and hugepages, or else memory of the process and the cached "
         "pages of its files, sampled every 100 ms; the largest of all rounds.",
         "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those "

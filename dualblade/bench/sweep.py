@@ -22,7 +22,7 @@ from dualblade.bench.baselines import BASELINES, COMPUTE
 from dualblade.bench.change import COMPARED, LEAST_TOKENS, Change, lowered_bytes, phases, summarise_changes
 from dualblade.bench.figures import summarise
 from dualblade.bench.ground import DriveLimit, measure_limit, prepared_target
-from dualblade.bench.launch import ChildFailed, run_child
+from dualblade.bench.launch import ChildFailed, OnToken, no_one, run_child
 from dualblade.bench.limit import make_limit
 from dualblade.bench.trial import Trial
 from dualblade.bench.workloads import (
@@ -80,7 +80,6 @@ class Sweep:
         if bench.change:
             self._check_change()
         self.runs: list[dict[str, Any]] = []
-        self.limits: list[DriveLimit] = []
         self.computes: list[dict[str, Any]] = []
         self.changes: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
@@ -120,9 +119,8 @@ class Sweep:
         return self.record()
 
     def _round(self, number: int, nvme: str) -> None:
-        self.say(f"round {number + 1} of {self.bench.rounds}: the drive's limit, and compute alone")
-        self.limits.append(measure_limit(self.bench.folder, nvme, min(self.target_bytes, PROBE)))
-        self.computes.append(self._trial(COMPUTE, self.budgets[-1], nvme))
+        self.say(f"round {number + 1} of {self.bench.rounds}: compute alone, and the drive's limit beside it")
+        self.computes.append(self._compute(nvme))
         for budget in self.budgets:
             for name in rotated(self.bench.baselines, number):
                 if why_not(name, budget, self.need) is None:
@@ -132,8 +130,26 @@ class Sweep:
                 for name in rotated(COMPARED, number):
                     self._one(self.changes, number, name, budget, nvme)
 
+    def _limit(self, nvme: str) -> DriveLimit:
+        return measure_limit(self.bench.folder, nvme, min(self.target_bytes, PROBE))
+
+    def _compute(self, nvme: str) -> dict[str, Any]:
+        """Compute alone, and in a second run, from its first token on, what the drive gives beside it: both
+        want the same memory."""
+        beside: list[DriveLimit] = []
+
+        def on_token(count: int) -> None:
+            if count == 1:
+                beside.append(self._limit(nvme))
+
+        alone = self._trial(COMPUTE, self.budgets[-1], nvme)
+        self._trial(COMPUTE, self.budgets[-1], nvme, on_token=on_token)
+        return alone | {"limit_computing_gib_s": beside[0].read}
+
     def _one(self, into: list[dict[str, Any]], number: int, name: str, budget: Budget, nvme: str) -> None:
         where = {"round": number, "baseline": name, "fraction": budget.fraction, "budget_bytes": budget.bytes}
+        limit = self._limit(nvme)
+        where |= {"limit_read_gib_s": limit.read, "limit_write_gib_s": limit.write}
         try:
             made = self._trial(name, budget, nvme, change=into is self.changes)
         except ChildFailed as failure:
@@ -146,14 +162,18 @@ class Sweep:
             f"{made['decode_s_per_token']:.3f} s a token"
         )
 
-    def _trial(self, name: str, budget: Budget, nvme: str, change: bool = False) -> dict[str, Any]:
+    def _trial(
+        self, name: str, budget: Budget, nvme: str, change: bool = False, on_token: OnToken = no_one
+    ) -> dict[str, Any]:
         """Raises ChildFailed."""
         with tempfile.TemporaryDirectory(prefix="sweep-", dir=self.bench.folder) as folder:
             trial = Trial(name, self.bench.workload, self.need, budget.bytes, folder, nvme)
             self._drop_caches()
             with self._limited(budget.bytes if name != COMPUTE else None) as limit:
                 trial = replace(trial, cgroup=limit.directory if limit else None)
-                made = self._changing(trial, budget, limit) if change and limit else run_child(trial)
+                made = (
+                    self._changing(trial, budget, limit) if change and limit else run_child(trial, on_token)
+                )
                 made["cgroup_peak_bytes"] = limit.peak if limit else None
         return made
 
@@ -202,14 +222,14 @@ class Sweep:
             "folder": str(self.bench.folder),
             "need": asdict(self.need) | {"base": self.need.base},
             "budgets": [asdict(budget) for budget in self.budgets],
-            "rounds": len(self.limits),
+            "rounds": len(self.computes),
             "enforced": self.not_enforced is None,
             "not_enforced": self.not_enforced,
             "machine": machine(self.host),
             "skipped": self._skipped(),
             "failures": self.failures,
             "change": {"rows": summarise_changes(self.changes), "runs": self.changes},
-        } | summarise(self.need.kv, self.runs, self.limits, self.computes)
+        } | summarise(self.need.kv, self.runs, self.computes)
 
     def _skipped(self) -> list[dict[str, Any]]:
         return [

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from dualblade.bench.figures import bootstrap, paired_ratio, reference_digests, summarise
-from dualblade.bench.ground import DriveLimit
 from dualblade.units import GIB
 
 
@@ -25,23 +24,25 @@ def run(baseline: str, number: int, decode: float, **more: Any) -> dict[str, Any
         "peak_bytes": GIB + number,
         "cgroup_peak_bytes": None,
         "hugetlb_bytes": 5,
+        "limit_read_gib_s": LIMITS[number % 3],
+        "limit_write_gib_s": 1.0,
         "logits_digest": "a",
         "kv_digest": "b",
         "facts": {},
     } | more
 
 
-LIMITS = [DriveLimit(2.0, 1.0), DriveLimit(4.0, 1.0), DriveLimit(4.0, 1.0)]
-COMPUTES = [{"decode_s_per_token": 0.1, "prefill_s": 1.0}]
+LIMITS = [2.0, 4.0, 4.0]
+COMPUTES = [{"decode_s_per_token": 0.1, "prefill_s": 1.0, "limit_computing_gib_s": 1.5}] * 3
 
 
 def rows_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["baseline"]: row for row in summarise(2 * GIB, runs, LIMITS, COMPUTES)["rows"]}
+    return {row["baseline"]: row for row in summarise(2 * GIB, runs, COMPUTES)["rows"]}
 
 
 def test_a_row_holds_what_the_contract_names() -> None:
-    record = summarise(2 * GIB, [run("dual", n, 0.5) for n in range(3)], LIMITS, COMPUTES)
-    assert record["ssd_limit_gib_s"] == 4.0
+    record = summarise(2 * GIB, [run("dual", n, 0.5) for n in range(3)], COMPUTES)
+    assert (record["ssd_limit_gib_s"], record["ssd_limit_computing_gib_s"]) == (4.0, 1.5)
     names = (
         "baseline", "budget_bytes", "kv_bytes", "prefill_s", "decode_s_per_token", "compute_s_per_token",
         "read_gib_s", "ssd_utilisation", "peak_bytes", "ssd_limit_gib_s",
@@ -63,7 +64,7 @@ def test_the_peak_is_what_was_charged_and_hugepages_where_the_kernel_tells() -> 
     assert row["sampled_peak_bytes"] == GIB + 2
 
 
-def test_utilisation_is_of_the_limit_of_the_same_round() -> None:
+def test_utilisation_is_of_the_limit_just_before() -> None:
     runs = [run("dual", n, 0.5) for n in range(3)]  # 2 GiB/s: all, half and half of the limits
     row = rows_of(runs)["dual"]
     assert (row["read_gib_s"], row["ssd_utilisation"]) == (2.0, 0.5)
