@@ -119,19 +119,25 @@ def _bounds(
 ) -> dict[str, Any]:
     """No system that is exact can be faster: it computes, and reads what the budget cannot hold. Ratios are
     to the compute of the same round and the drive's limit just before the run, their median."""
-    overall = _bound(uncached, common["compute_s_per_token"], common["ssd_limit_gib_s"])
+    compute, limit = common["compute_s_per_token"], common["ssd_limit_gib_s"]
+    overall = _bound(uncached, compute, limit)
+    shared = _shared_bound(uncached, compute, limit, common["ssd_limit_computing_gib_s"])
     prefill = _bound(kv_bytes, common["compute_prefill_s"], common["ssd_write_limit_gib_s"])
-    decode_ratios, prefill_ratios = [], []
+    decode_ratios, shared_ratios, prefill_ratios = [], [], []
     for run in runs:
         alone = computes[run["round"]]
-        bound = _bound(uncached, alone["decode_s_per_token"], run["limit_read_gib_s"])
-        decode_ratios.append(run["decode_s_per_token"] / bound)
+        compute, limit = alone["decode_s_per_token"], run["limit_read_gib_s"]
+        decode_ratios.append(run["decode_s_per_token"] / _bound(uncached, compute, limit))
+        bound = _shared_bound(uncached, compute, limit, alone["limit_computing_gib_s"])
+        shared_ratios.append(run["decode_s_per_token"] / bound)
         bound = _bound(kv_bytes, alone["prefill_s"], run["limit_write_gib_s"])
         prefill_ratios.append(run["prefill_s"] / bound)
     return {
         "uncached_bytes": uncached,
         "bound_s_per_token": overall,
         "decode_vs_bound": statistics.median(decode_ratios),
+        "shared_bound_s_per_token": shared,
+        "decode_vs_shared_bound": statistics.median(shared_ratios),
         "prefill_bound_s": prefill,
         "prefill_vs_bound": statistics.median(prefill_ratios),
     }
@@ -139,6 +145,12 @@ def _bounds(
 
 def _bound(nbytes: int, compute_s: float, gib_s: float) -> float:
     return max(compute_s, nbytes / GIB / gib_s)
+
+
+def _shared_bound(nbytes: int, compute_s: float, gib_s: float, beside_gib_s: float) -> float:
+    """While it computes the drive reads at `beside_gib_s`, what is left then at `gib_s`."""
+    left = nbytes / GIB - compute_s * min(beside_gib_s, gib_s)
+    return compute_s + max(0.0, left) / gib_s
 
 
 # ratios -------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from dualblade.units import GIB, format_size
 
 Row = Mapping[str, Any]
 HEADERS = (
-    "KV held", "baseline", "prefill s", "s/token", "spread", "compute", "bound", "x bound", "vs flexgen",
-    "vs best other", "GiB/s", "of SSD", "peak", "same bits",
+    "KV held", "baseline", "prefill s", "s/token", "spread", "compute", "bound", "x bound", "x shared",
+    "vs flexgen", "vs best other", "GiB/s", "of SSD", "peak", "same bits",
 )  # fmt: skip
 CHANGE_HEADERS = (
     "KV held", "baseline", "s/token", "before", "lowered", "after", "vs static", "peak", "same bits",
@@ -49,6 +49,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _number(row["compute_s_per_token"], 3),
         _number(row.get("bound_s_per_token"), 3),
         _number(row.get("decode_vs_bound"), 2),
+        _number(row.get("decode_vs_shared_bound"), 2),
         _ratio(row.get("decode_vs_flexgen")),
         _ratio(row.get("decode_vs_best_other")),
         _number(row["read_gib_s"], 2),
@@ -200,8 +201,9 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
         "of SSD: bytes read a second while reads were under way, as a part of the drive's limit just before "
         "the run.",
-        "Beside compute: what the drive reads while every CPU attends to KV in memory. The two share the "
-        "memory's bandwidth, so decoding may see less than the limit.",
+        "x shared: to a bound that knows that attention and the drive's data share the memory's bandwidth: while "
+        "it computes the drive reads as it does beside compute (measured with every CPU attending to KV in "
+        "memory), and what is left then at its limit.",
         "peak: what the cgroup was charged with and hugepages, or else memory of the process and the cached "
         "pages of its files, sampled every 100 ms; the largest of all rounds.",
         "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those "

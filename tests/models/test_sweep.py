@@ -12,7 +12,7 @@ import pytest
 
 from dualblade.bench import trial as trials
 from dualblade.bench.baselines import BASELINES
-from dualblade.bench.launch import ChildFailed, run_child
+from dualblade.bench.launch import ChildFailed, OnToken, run_child
 from dualblade.bench.sweep import Sweep, SweepBench, rotated, why_not
 from dualblade.bench.trial import Trial, run_trial
 from dualblade.bench.workloads import Budget, Need, Workload, measure_need, read_budgets
@@ -127,8 +127,8 @@ def test_other_numbers_than_the_rest_are_an_error(
 ) -> None:
     """A child that gives other rows than it should: its process is this one, so that it can be spoilt."""
 
-    def spoilt(trial: Trial, *_: Any) -> dict[str, Any]:
-        made = run_trial(trial, lambda count: None)
+    def spoilt(trial: Trial, on_token: OnToken) -> dict[str, Any]:
+        made = run_trial(trial, on_token)
         return made | ({"kv_digest": "0"} if trial.baseline == "direct-qd1" else {})
 
     monkeypatch.setattr("dualblade.bench.sweep.run_child", spoilt)
@@ -151,10 +151,10 @@ def test_other_numbers_than_the_rest_are_an_error(
 def test_a_run_that_fails_is_told_and_the_rest_goes_on(
     direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(trial: Trial, *_: Any) -> dict[str, Any]:
+    def failing(trial: Trial, on_token: OnToken) -> dict[str, Any]:
         if trial.baseline == "flexgen":
             raise ChildFailed("it was killed")
-        return run_trial(trial, lambda count: None)
+        return run_trial(trial, on_token)
 
     monkeypatch.setattr("dualblade.bench.sweep.run_child", failing)
     words = ["--budgets", "0.5", "--baselines", "flexgen,direct", "--rounds", "1", "--no-enforce", "--json"]

@@ -86,6 +86,15 @@ def test_the_bound_is_the_larger_of_compute_and_what_must_be_read() -> None:
     assert fits["bound_s_per_token"] == 0.1
 
 
+def test_the_shared_bound_reads_more_slowly_while_it_computes() -> None:
+    row = rows_of([run("dual", n, 0.5) for n in range(3)])["dual"]
+    shared = 0.1 + (1 - 0.1 * 1.5) / 4  # 1 GiB, of which 0.15 GiB beside 0.1 s of compute
+    assert row["shared_bound_s_per_token"] == pytest.approx(shared)
+    assert row["decode_vs_shared_bound"] == pytest.approx(0.5 / shared)
+    fits = rows_of([run("dual", n, 0.5, fraction=0.95) for n in range(3)])["dual"]
+    assert fits["shared_bound_s_per_token"] == 0.1  # less than what is read beside it
+
+
 def test_ratios_are_paired_by_round() -> None:
     slow_round = [run("flexgen", 0, 1.0), run("flexgen", 1, 10.0), run("dual", 0, 0.5), run("dual", 1, 5.0)]
     row = rows_of(slow_round)["dual"]
