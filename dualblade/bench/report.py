@@ -201,9 +201,9 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
         "of SSD: bytes read a second while reads were under way, as a part of the drive's limit just before "
         "the run.",
-        "x shared: to a bound that knows that attention and the drive's data share the memory's bandwidth: while "
-        "it computes the drive reads as it does beside compute (measured with every CPU attending to KV in "
-        "memory), and what is left then at its limit.",
+        "x shared: to a bound that knows that attention and the drive's data share the memory's bandwidth. "
+        "While it computes, the drive reads as it does beside compute (with every CPU attending to KV in "
+        "memory, measured), and what is left then at its limit.",
         "peak: what the cgroup was charged with and hugepages, or else memory of the process and the cached "
         "pages of its files, sampled every 100 ms; the largest of all rounds.",
         "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those "
