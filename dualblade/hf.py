@@ -259,11 +259,7 @@ class DualBladeCache(Cache):
         count = rows.shape[-2]
         before = store.tensors[key].tokens
         slot = store.load(key, count)
-        if store.writes_through(key, count):
-            together = rows.contiguous()
-            store.write_through(key, together.data_ptr(), len(rows), count)
-        else:
-            device.write_rows(rows, slot.view, before)
+        device.write_rows(rows, slot.view, before)
         store.append(key, slot, count)
         return device.rows(slot.view, rows.shape[0], rows.shape[1], before + count)
 

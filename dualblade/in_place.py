@@ -16,13 +16,9 @@ from dualblade.kv_tensor import Mapped, Segment, Tensor
 from dualblade.paths.base import Room, StoragePath
 from dualblade.staging import Slot
 from dualblade.tensors import PathKind
-from dualblade.units import KIB
-from spdk_glue import READ, WRITE, FileRegion, Piece, Region
+from spdk_glue import READ, FileRegion, Region
 
 CACHE = PathKind.PAGE_CACHE
-# Of a head. To store into a mapping costs a page fault for every 4 KiB; on one virtual machine a thread wrote
-# 0.75 GiB/s so, and 3.4 GiB/s by calls that were given 64 KiB.
-LEAST_WRITE = 16 * KIB
 
 
 class Device(Protocol):
@@ -78,23 +74,6 @@ class InPlace:
         if tensor.tokens > begin:
             self._device.copy_rows(mapped.slot.view, begin, tensor.tail, 0, tensor.tokens - begin)
         mapped.close()
-
-
-def writes_through(tensor: Tensor, count: int) -> bool:
-    """So many new rows are written by the engine, and not stored into the mapping."""
-    return tensor.mapped is not None and count * tensor.layout.row_bytes >= LEAST_WRITE
-
-
-def write_through(tensor: Tensor, address: int, batch: int, count: int) -> None:
-    """New rows [batch, KV head, count, head_dim] at `address`, behind the old ones; back when the mapping has
-    them. Raises StorageError, CapacityError."""
-    mapped, room, row = tensor.mapped, tensor.segments[0].room, tensor.layout.row_bytes
-    assert mapped is not None
-    offset, run = room.offset + tensor.tokens * row, count * row
-    runs = batch * tensor.spec.heads
-    piece = Piece(offset, address, run, 0, run, runs, 1, room.file, mapped.capacity * row)
-    mapped.path.transfer(WRITE, tensor.spec.key, [piece]).wait()
-    mapped.through = count
 
 
 def populate(tensor: Tensor, mapped: Mapped) -> None:

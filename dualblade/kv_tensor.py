@@ -104,14 +104,12 @@ class Segment:
 @dataclass(slots=True)
 class Mapped:
     """The memory of a head-major room in the page cache, [batch x KV head, capacity, head_dim]. slot: stands
-    for all of it. `path` counts what is read and written in it. through: tokens that the engine has written
-    behind the old ones."""
+    for all of it. `path` counts what is read and written in it."""
 
     path: StoragePath
     region: FileRegion
     slot: Slot
     capacity: int
-    through: int = 0
     missed: bool = True  # the last load found pages that the kernel had taken, or there was none
 
     def close(self) -> None:

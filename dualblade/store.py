@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dualblade.errors import ConfigError, DualBladeError
-from dualblade.in_place import populate, read_ahead, write_through, writes_through
+from dualblade.in_place import populate, read_ahead
 from dualblade.kv_tensor import Tensor
 from dualblade.paths.base import Ticket
 from dualblade.staging import Slot
@@ -216,16 +216,6 @@ class KVStore(StoreParts):
 
     # append ---------------------------------------------------------------------------------
 
-    def writes_through(self, key: TensorKey, count: int) -> bool:
-        """So many new tokens are not put into the slot, but given to write_through()."""
-        return writes_through(self.tensors[key], count)
-
-    def write_through(self, key: TensorKey, address: int, batch: int, count: int) -> None:
-        """Before append(): new rows [batch, KV head, count, head_dim] at `address` are in the slot then.
-        Raises StorageError, CapacityError."""
-        with self.failing():
-            write_through(self.tensors[key], address, batch, count)
-
     def append(self, key: TensorKey, slot: Slot, count: int) -> None:
         """`count` new tokens are in the slot behind the old ones. Whole blocks are written behind
         the caller's back; the rest stays in memory. Raises StorageError, CapacityError."""
@@ -236,9 +226,7 @@ class KVStore(StoreParts):
             old = tensor.full
             tensor.tokens += count
             if tensor.mapped:
-                stored = count - tensor.mapped.through
-                tensor.mapped.through = 0
-                tensor.mapped.path.wrote_in_place(stored * tensor.spec.token_bytes)
+                tensor.mapped.path.wrote_in_place(count * tensor.spec.token_bytes)
                 return
             if tensor.full > old:
                 self._make_room(tensor)

@@ -166,10 +166,7 @@ class Checked:
     def write(self, key: TensorKey, slot: Slot, count: int) -> None:
         """Behind a load with room for them."""
         new = self.new_rows(self.store.tensors[key].spec, count)
-        if self.store.writes_through(key, count):
-            self.store.write_through(key, new.data_ptr(), len(new), count)
-        else:
-            self.device.write_rows(new, slot.view, self.rows[key].shape[2])
+        self.device.write_rows(new, slot.view, self.rows[key].shape[2])
         self.store.append(key, slot, count)
         self.rows[key] = torch.cat([self.rows[key], new], 2)
         self.compare(key, slot)
