@@ -130,7 +130,7 @@ def test_a_failed_read(depth: int) -> None:
 def test_a_failed_write_is_not_forgotten_for_a_later_one_that_went_well(path: MemPath) -> None:
     """Two appends to one slot; the first write has failed by the time of the second. The layer's
     other tensor hangs, which keeps the pool from looking at any of them, and it has slots to spare."""
-    shape = replace(SHAPE, spare=4)
+    shape = replace(SHAPE, spare=4, group=1)  # the first block has the second page
     checked = Checked(make_store(shape, {PathKind.DIRECT: path}), shape)
     checked.step(2 * BLOCK)
     checked.store.flush()
