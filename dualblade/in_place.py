@@ -16,9 +16,11 @@ from dualblade.kv_tensor import Mapped, Segment, Tensor
 from dualblade.paths.base import Room, StoragePath
 from dualblade.staging import Slot
 from dualblade.tensors import PathKind
+from dualblade.units import KIB
 from spdk_glue import READ, FileRegion, Region
 
 CACHE = PathKind.PAGE_CACHE
+LEAST_STAGED = 16 * KIB  # of a head: so many first rows are written by the engine (see KVStore)
 
 
 class Device(Protocol):

@@ -154,6 +154,11 @@ class Tensor:
         """Blocks on the medium."""
         return self.layout.full_blocks(self.tokens)
 
+    @property
+    def rest(self) -> int:
+        """Tokens of the unfinished block."""
+        return self.tokens - self.full * self.layout.block_tokens
+
     def segment_of(self, block: int) -> Segment:
         return next(part for part in self.segments if part.first <= block < part.end)
 

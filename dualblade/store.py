@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from dualblade.errors import ConfigError, DualBladeError
-from dualblade.in_place import populate, read_ahead
-from dualblade.kv_tensor import Tensor
+from dualblade.in_place import LEAST_STAGED, populate, read_ahead
+from dualblade.kv_tensor import Mapped, Tensor
 from dualblade.paths.base import Ticket
 from dualblade.staging import Slot
 from dualblade.store_parts import StoreParts
@@ -56,7 +56,7 @@ class KVStore(StoreParts):
             self._outgrow(layer, tokens)
         self._layer = layer
         for key in self._keys(layer):
-            self._in_use[key] = self._slot_of(key)
+            self._in_use[key] = self._slot_of(key, tokens)
             self.tensors[key].in_use = True
         self.prefetch(layer)
 
@@ -67,14 +67,27 @@ class KVStore(StoreParts):
                 return False
         return True
 
-    def _slot_of(self, key: TensorKey) -> Slot:
+    def _slot_of(self, key: TensorKey, tokens: int) -> Slot:
         """With the tensor in it, or on its way."""
         mapped, fetched = self.tensors[key].mapped, self._fetched.pop(key, None)
-        if mapped and fetched:
-            self.pool.give_back(fetched)
-        slot = mapped.slot if mapped else fetched or self._fetch(key, wait=True)
+        if mapped:
+            if fetched:
+                self.pool.give_back(fetched)
+            return self._slot_for_first(self.tensors[key], mapped, tokens) or mapped.slot
+        slot = fetched or self._fetch(key, wait=True)
         if slot is None:
             raise ConfigError(f"the staging pool has too few slots for {key}")
+        return slot
+
+    def _slot_for_first(self, tensor: Tensor, mapped: Mapped, tokens: int) -> Slot | None:
+        """The first rows of a tensor that is read in place, where they are many, go to a slot and are written
+        from there behind the caller's back: a mapping would take a page fault for every 4 KiB."""
+        many = tokens * tensor.layout.row_bytes >= LEAST_STAGED
+        if tensor.tokens or not many or mapped.capacity > self.capacity:
+            return None
+        slot = self.pool.lease(tensor.spec.key, wait=True)
+        if slot is not None:
+            self._open_slot(slot, tensor.spec)
         return slot
 
     def _outgrow(self, layer: int, tokens: int) -> None:
@@ -188,7 +201,7 @@ class KVStore(StoreParts):
             ticket.wait()
         if tensor.full or tensor.mapped:  # rows are about to be written where an old write may still go
             self._await_writes(tensor)
-        if tensor.mapped:
+        if tensor.mapped and slot is tensor.mapped.slot:
             populate(tensor, tensor.mapped)
         ended = time.monotonic()
         self.stall_s += ended - begun
@@ -223,11 +236,14 @@ class KVStore(StoreParts):
         if self._in_use.get(key) is not slot or not self._fits(key.layer, tensor.tokens + count):
             raise ValueError(f"{slot} was not loaded for {key} and {count} more tokens")
         with self.failing():
-            old = tensor.full
+            old, rest = tensor.full, tensor.rest
             tensor.tokens += count
             if tensor.mapped:
-                tensor.mapped.path.wrote_in_place(count * tensor.spec.token_bytes)
-                return
+                staged = slot is not tensor.mapped.slot
+                stored = tensor.rest - rest if staged else count  # a rest counts again in its block
+                tensor.mapped.path.wrote_in_place(stored * tensor.spec.token_bytes)
+                if not staged:
+                    return
             if tensor.full > old:
                 self._make_room(tensor)
                 self._write(tensor, slot, old, tensor.full)
@@ -250,7 +266,8 @@ class KVStore(StoreParts):
         block = tensor.full * tensor.layout.block_tokens
         begin = max(block, tensor.tokens - count)
         if tensor.tokens > begin:
-            self.device.copy_rows(slot.view, begin, tensor.tail, begin - block, tensor.tokens - begin)
+            out, at = (tensor.mapped.slot.view, begin) if tensor.mapped else (tensor.tail, begin - block)
+            self.device.copy_rows(slot.view, begin, out, at, tensor.tokens - begin)
 
     def _grow_pool(self, tokens: int) -> None:
         """Slots for a longer context than was foreseen. Nothing is in use at this point."""
@@ -295,7 +312,7 @@ class KVStore(StoreParts):
         with self.failing():
             change(slot.view, tensor.tokens)
             tensor.changed(0)
-            if tensor.mapped:
+            if tensor.mapped and slot is tensor.mapped.slot:
                 return
             self._write(tensor, slot, 0, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from stores import Checked, MemPath, Shape, make_store
 
-from dualblade.errors import StorageError
+from dualblade.errors import CapacityError, StorageError
+from dualblade.in_place import LEAST_STAGED
+from dualblade.paths.base import WriteLimit
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.tensors import PathKind, TensorKey
 
@@ -49,6 +51,66 @@ def test_nothing_is_copied(tmp_path: Path) -> None:
             "every load before the new rows"
         )
         assert path.in_place_s > 0
+
+
+FIRST = LEAST_STAGED // 256  # tokens of 128 bfloat16 each
+
+
+def test_the_first_rows_are_written_by_the_engine(tmp_path: Path) -> None:
+    """Where they are many, as those of a prompt: page faults would cost more."""
+    with in_place(tmp_path, batch=2) as (checked, path):
+        for layer in range(3):
+            for count in (FIRST + 3, 5, 1, 30):  # pieces of a prompt that pass one layer
+                for kind in "KV":
+                    checked.append(TensorKey(layer, kind), count)
+        tensors = checked.store.tensors.values()
+        assert all(tensor.mapped for tensor in tensors)
+        token = len(tensors) * 2 * 2 * 256
+        written = path.queue.stats().write_bytes
+        assert written > FIRST * token
+        assert written + path.in_place_written == (FIRST + 39) * token, "every row once"
+        for count in (1, 60):
+            checked.step(count)
+        assert path.queue.stats().write_bytes == written, "the next ones are stored"
+
+
+def test_rows_taken_back_and_changed_before_they_are_read_in_place(tmp_path: Path) -> None:
+    with in_place(tmp_path, batch=2) as (checked, _):
+        checked.append(K0, FIRST + 11)
+        checked.crop(K0, FIRST - 5)
+        checked.append(K0, 9)
+        checked.flip(K0)
+        checked.crop(K0, FIRST + 1)
+        checked.append(K0, 40)
+        checked.append(TensorKey(1, "K"), 1)
+        checked.append(K0, 1)
+        checked.flip(K0)
+        checked.reset()
+        checked.forget()
+        checked.step(FIRST)
+        checked.step(1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_in_a_run_with_few_slots(tmp_path: Path, count: int) -> None:
+    """What finds no slot is stored."""
+    with in_place(tmp_path) as (checked, _):
+        taken = [checked.store.pool.lease("a test", wait=True) for _ in range(count)]
+        assert all(taken)
+        checked.step(FIRST + 7)
+        checked.step(1)
+        for slot in taken:
+            checked.store.pool.give_back(slot)
+
+
+def test_rows_that_may_not_be_written_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_place(tmp_path) as (checked, path):
+        monkeypatch.setattr(path, "wear", WriteLimit(1000))
+        with pytest.raises(CapacityError, match="more would pass the limit"):
+            checked.append(K0, 100)
+        monkeypatch.setattr(path, "wear", None)
+        with pytest.raises(CapacityError):
+            checked.store.load(V0)
 
 
 def test_it_is_the_files_own_memory(tmp_path: Path) -> None:
