@@ -12,7 +12,7 @@ from spdk_glue.errors import (
     why_no_uring,
 )
 from spdk_glue.files import CachedPages, FileFacts, cached_bytes, cached_pages, file_facts, punch
-from spdk_glue.memory import PAGE, FileRegion, Region
+from spdk_glue.memory import PAGE, FileRegion, Region, on_lost_page
 from spdk_glue.opening import MemOptions, NvmeOptions, QueueOptions
 from spdk_glue.pieces import Piece, plain
 from spdk_glue.queue import (
@@ -31,6 +31,6 @@ __all__ = [
     "Copies", "DevicePiece", "Environment", "Event", "FileFacts", "FileRegion", "GlueError", "Gpu",
     "Medium", "MemOptions", "NotBuiltError", "NvmeOptions", "Piece", "Queue", "QueueOptions", "QueueStats",
     "Region", "TransferError", "TransferTimeout", "all_done", "cached_bytes", "cached_pages", "engines",
-    "environment", "file_facts", "last_words", "plain", "punch", "spdk_version", "start_environment",
-    "why_no_uring",
+    "environment", "file_facts", "last_words", "on_lost_page", "plain", "punch", "spdk_version",
+    "start_environment", "why_no_uring",
 ]  # fmt: skip

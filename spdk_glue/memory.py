@@ -83,6 +83,13 @@ class Region:
         return f"<Region {state}>"
 
 
+def on_lost_page(text: str) -> None:
+    """What stderr gets before the process ends with 1 when a page of a FileRegion was taken away and cannot
+    be read again at the moment of a touch. Without it the process ends by SIGBUS and says nothing; one that
+    has a handler of its own keeps it. The first text stays. Raises GlueError (EINVAL) over 512 bytes."""
+    check(lib.glue_on_lost_page(text.encode()), "keep a text for lost pages")
+
+
 class FileRegion:
     """`size` bytes of an open file from `offset` on, as memory that is the page cache itself: whole pages of
     4 KiB. The file may be closed meanwhile. Raises OSError."""

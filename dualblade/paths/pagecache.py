@@ -15,13 +15,16 @@ from dualblade.paths.base import Room, StoragePath
 from dualblade.target_files import check_room
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
-from spdk_glue import FileRegion, GlueError, Queue, QueueOptions, file_facts, punch
+from spdk_glue import FileRegion, GlueError, Queue, QueueOptions, file_facts, on_lost_page, punch
 
 # Inserting pages is serialised per file, so neighbouring tensors go to different files.
 FILES = 4
 _FILE_LBAS = 1 << 31  # addresses of a file: 8 TiB, of which only what is used takes space
 # Copies out of the page cache are made by worker threads side by side, in pieces of this size.
 OPTIONS = QueueOptions(queue_depth=16, command_bytes=1 << 20, workers=True)
+LOST_PAGE = """error: KV could not be read again that the kernel had taken from the page cache
+hint: its drive failed or its file was cut short (see `dmesg`); --kv-path direct leaves the page cache out
+"""
 
 
 def _open_private(folder: Path) -> int:
@@ -81,6 +84,7 @@ class PageCachePath(StoragePath):
         return rooms
 
     def map(self, room: Room) -> FileRegion:
+        on_lost_page(LOST_PAGE)
         try:
             return FileRegion(self.fds[room.file], room.offset, room.nbytes)
         except OSError as error:

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "sigbus.h"
 #include "spdk_parts.h"
 
 /* log ---------------------------------------------------------------------------------------- */
@@ -91,7 +92,7 @@ static void capture_logs(void)
  * keeps it, and SPDK's handler sees faults inside a controller's registers alone. */
 enum { MAX_BARS = 16 };
 static const uint64_t BAR_BYTES = 64 << 10; /* registers and the doorbells of 7680 queue pairs */
-static struct sigaction before_spdk, of_spdk, before_us;
+static struct sigaction before_spdk, of_spdk;
 static volatile uint64_t bars[MAX_BARS];
 
 __attribute__((constructor(101))) static void remember_sigbus(void)
@@ -106,24 +107,21 @@ void glue_loaded(void)
     sigaction(SIGBUS, &before_spdk, &of_spdk);
 }
 
-static void on_sigbus(int number, siginfo_t *info, void *context)
+int env_took_sigbus(int number, siginfo_t *info, void *context)
 {
     uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
     for (unsigned i = 0; i < MAX_BARS; i++) {
         if (bars[i] && address >= bars[i] && address < bars[i] + BAR_BYTES) {
             of_spdk.sa_sigaction(number, info, context);
-            return;
+            return 1;
         }
     }
-    sigaction(SIGBUS, &before_us, NULL); /* the access is repeated, and meets whoever was here before */
+    return 0;
 }
 
 void env_watch_registers(volatile void *registers)
 {
-    if (!before_us.sa_handler && !before_us.sa_flags) {
-        struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
-        sigaction(SIGBUS, &ours, &before_us);
-    }
+    sigbus_take();
     for (unsigned i = 0; i < MAX_BARS; i++) {
         if (!bars[i]) {
             bars[i] = (uint64_t)(uintptr_t)registers;

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,7 @@ from stores import Checked, MemPath, Shape, make_store
 from dualblade.errors import CapacityError, StorageError
 from dualblade.in_place import LEAST_STAGED
 from dualblade.paths.base import WriteLimit
-from dualblade.paths.pagecache import PageCachePath
+from dualblade.paths.pagecache import LOST_PAGE, PageCachePath
 from dualblade.tensors import PathKind, TensorKey
 
 K0, V0 = TensorKey(0, "K"), TensorKey(0, "V")
@@ -141,6 +144,36 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         assert caught.value.errno == 5
         with pytest.raises(StorageError):
             checked.store.load(V0)
+
+
+LOST = """
+import faulthandler, os, sys
+from pathlib import Path
+if sys.argv[2] == "faulthandler":
+    faulthandler.enable()
+from dualblade.paths.pagecache import PageCachePath
+from dualblade.tensors import TensorKey
+path = PageCachePath(Path(sys.argv[1]))
+region = path.map(path.allocate([(TensorKey(0, "K"), 8192)])[0])
+view = region.buffer()
+view[:] = b"k" * 8192
+for fd in path.fds:
+    os.ftruncate(fd, 0)
+view[4096]
+"""
+
+
+@pytest.mark.parametrize("handler", ["none", "faulthandler"])
+def test_a_page_that_is_lost_at_its_touch_is_told(tmp_path: Path, handler: str) -> None:
+    """Taken away after the load, and unreadable: nobody can go on or raise. Others' handlers stay."""
+    words = [sys.executable, "-c", LOST, str(tmp_path), handler]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    if handler == "none":
+        assert (done.returncode, done.stderr) == (1, LOST_PAGE)
+    else:
+        assert done.returncode == -signal.SIGBUS
+        assert "Fatal Python error: Bus error" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_tokens_than_were_foreseen_move_it_out(tmp_path: Path) -> None:
