@@ -95,6 +95,12 @@ def read_ahead(tensor: Tensor, mapped: Mapped) -> None:
             mapped.region.read_ahead(*_rows(tensor, mapped))
 
 
+def prefault(tensor: Tensor, mapped: Mapped) -> None:
+    """Its rows were written from a slot: attention would take a page fault for every few pages."""
+    with suppress(OSError):  # as above
+        mapped.region.prefault(*_rows(tensor, mapped))
+
+
 def _rows(tensor: Tensor, mapped: Mapped) -> tuple[int, int, int]:
     """Bytes of each head's rows, from one head to the next, and how many."""
     row = tensor.layout.row_bytes

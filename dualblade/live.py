@@ -34,7 +34,7 @@ MOVES_REPORTED = 1000
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a run may take: see Facts. mapped: weights that are mapped, which no other figure includes.
-    tokens: the context at the end, None where it is not known."""
+    tokens: the context at the end, None where it is not known. in_place: see Limits."""
 
     budget: int
     cap: int | None
@@ -42,6 +42,7 @@ class Budget:
     mapped: int
     tokens: int | None
     policy: str
+    in_place: bool = False
 
 
 class LiveGovernor:
@@ -257,6 +258,7 @@ class LiveGovernor:
             band=max(2 * largest, min(total // BAND_PART, LARGEST_BAND)),
             patience=PATIENCE,
             policy=self._budget.policy,
+            in_place=self._budget.in_place,
         )
 
     # report ---------------------------------------------------------------------------------

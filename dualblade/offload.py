@@ -136,7 +136,7 @@ class Offload:
         settings, plan, tensors = self.settings, self.plan, self.store.tensors
         budget = Budget(
             settings.budget, settings.page_cache, plan.footprint, mapped_weights(host),
-            None if grows else plan.specs[0].tokens, settings.policy,
+            None if grows else plan.specs[0].tokens, settings.policy, plan.in_place and not grows,
         )  # fmt: skip
         migrator = Migrator(tensors, self.paths, self.store.in_place, self.wear)
         migrator.claim(list(tensors.values()))

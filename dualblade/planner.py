@@ -68,6 +68,11 @@ class RunPlan:
     share: Share
     placements: list[Placement]
 
+    @property
+    def in_place(self) -> bool:
+        """What the page cache holds of a tensor as a whole is read where it lies."""
+        return self.request.in_place and self.request.ring is None and self.pipeline.chunk_tokens is None
+
     def bytes_on(self, path: PathKind) -> int:
         return sum(placement.bytes for placement in self.placements if placement.path is path)
 
@@ -104,8 +109,7 @@ def make_plan(
     if grows:
         return plan
     plan = _placed(plan, share)
-    in_place = request.in_place and request.ring is None and pipeline.chunk_tokens is None
-    return _without_needless_tails(plan, snapshot) if in_place else plan
+    return _without_needless_tails(plan, snapshot) if plan.in_place else plan
 
 
 def _placed(plan: RunPlan, share: Share) -> RunPlan:
@@ -114,7 +118,7 @@ def _placed(plan: RunPlan, share: Share) -> RunPlan:
     placements = place(plan.specs, sizes, share.bytes, request.policy, request.forced)
     if request.live and placements and request.forced is None:
         blocks = {key: layout.block_bytes for key, layout in layouts.items()}
-        placements = fill(placements, blocks, share.bytes, request.policy)
+        placements = fill(placements, blocks, share.bytes, request.policy, plan.in_place)
     return replace(plan, share=share, placements=placements)
 
 

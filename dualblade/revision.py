@@ -23,6 +23,9 @@ REFAULT_PART = 16  # of the resident pages, read back since the last look, is pr
 MARGIN_PART = 8  # of the band, by which more is given up than was asked for
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
+FEW_PART = (
+    16  # so small a part of all tensors comes from the drive sooner than attention is through the others
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,15 @@ class Facts:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """demote, promote: bytes copied for one decision. band: bytes by which memory must have grown before more
-    is cached; patience: for how many looks. policy: which tensors are cached."""
+    is cached; patience: for how many looks. policy: which tensors are cached. in_place: those that are cached
+    as a whole are read where they lie, and all others copied."""
 
     demote: int
     promote: int
     band: int
     patience: int
     policy: str = Policy.SPREAD
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +137,30 @@ def revise(tensors: Sequence[TensorState], facts: Facts, state: GovernorState, l
     """What shall move now. `tensors` in the order of decoding."""
     state = _look(facts, state, limits)
     share, reason = _share(tensors, facts, state)
-    cached = sum(tensor.cached * tensor.block_bytes for tensor in tensors)
-    if cached > share:
-        moves, more = _demote(tensors, cached - share, limits, reason)
+    room = share - sum(tensor.cached * tensor.block_bytes for tensor in tensors)
+    if room < 0:
+        moves, more = _demote(tensors, -room, limits, reason)
         state = _rested(facts, state, limits) if moves else state
+    elif crumbs := _crumbs(tensors, room, facts, limits):
+        moves, more = _demote([crumbs], crumbs.cached * crumbs.block_bytes, limits, CRUMBS)
     elif _may_promote(facts, state):
-        moves, more = _promote(tensors, share - cached, facts, limits, reason)
+        moves, more = _promote(tensors, room, facts, limits, reason)
     else:
         moves, more = [], False
     return Decision(share, reason, tuple(moves), more, state)
 
 
 def fill(
-    placements: Sequence[Placement], blocks: Mapping[TensorKey, int], share: int, policy: str
+    placements: Sequence[Placement],
+    blocks: Mapping[TensorKey, int],
+    share: int,
+    policy: str,
+    in_place: bool = False,
 ) -> list[Placement]:
     """What whole tensors leave of the share goes to the first blocks of one more, whose placement becomes
-    two. blocks: bytes of a block."""
+    two; to none where tensors are read in place and nearly all are cached. blocks: bytes of a block."""
+    if in_place and _few(sum(item.path is PathKind.DIRECT for item in placements), len(placements)):
+        return list(placements)
     states = [
         TensorState(item.key, blocks[item.key], item.bytes // blocks[item.key], 0, cached, 0)
         for item in placements
@@ -249,6 +262,33 @@ def _may_promote(facts: Facts, state: GovernorState) -> bool:
 
 # which tensors ------------------------------------------------------------------------------
 
+CRUMBS = "a part of a tensor would be copied for every token, and all of it is soon read"
+
+
+def _few(apart: int, total: int) -> bool:
+    return apart * FEW_PART <= total
+
+
+def _apart(tensors: Sequence[TensorState]) -> int:
+    """How many tensors are not cached as a whole."""
+    return sum(tensor.cached < tensor.blocks for tensor in tensors)
+
+
+def _crumbs(tensors: Sequence[TensorState], room: int, facts: Facts, limits: Limits) -> TensorState | None:
+    """A tensor in part that `room` cannot complete, where nearly all others are read in place: its copy takes
+    the CPU from attention, which the drive would not."""
+    parts = [tensor for tensor in tensors if tensor.stuck < tensor.cached < tensor.blocks]
+    if not (limits.in_place and parts and _few(_apart(tensors), len(tensors))):
+        return None
+    least = min(parts, key=lambda tensor: tensor.cached / tensor.blocks)
+    completed = (least.blocks - least.cached) * least.block_bytes <= room
+    idle = least.cached_written and not _pays(facts)
+    return None if completed or idle else least
+
+
+def _pays(facts: Facts) -> bool:
+    return facts.steps_left is None or facts.steps_left >= FEWEST_STEPS
+
 
 def _demote(
     tensors: Sequence[TensorState], excess: int, limits: Limits, reason: str
@@ -277,14 +317,15 @@ def _demote(
 def _promote(
     tensors: Sequence[TensorState], room: int, facts: Facts, limits: Limits, reason: str
 ) -> tuple[list[Move], bool]:
-    pays = facts.steps_left is None or facts.steps_left >= FEWEST_STEPS
+    pays = _pays(facts)
     if all(tensor.block_bytes > room or tensor.cached >= tensor.blocks for tensor in tensors):
         return [], False
     cycle, allowed = _Cycle(tensors, limits.policy), limits.promote if pays else 0
     while (found := cycle.next_to_promote()) is not None:
         tensor = cycle.tensors[found]
         wanted = min(room // tensor.block_bytes, tensor.blocks - tensor.cached)
-        if not wanted:
+        whole = limits.in_place and _few(_apart(cycle.tensors), len(cycle.tensors))
+        if not wanted or (whole and wanted < tensor.blocks - tensor.cached):
             break
         old = tensor.written - tensor.cached_written
         copies = min(wanted, old, max(allowed // tensor.block_bytes, int(pays and not cycle.moves)))

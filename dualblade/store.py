@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dualblade.errors import ConfigError, DualBladeError
-from dualblade.in_place import LEAST_STAGED, populate, read_ahead
+from dualblade.in_place import LEAST_STAGED, populate, prefault, read_ahead
 from dualblade.kv_tensor import Mapped, Tensor
 from dualblade.paths.base import Ticket
 from dualblade.staging import Slot
@@ -50,6 +50,7 @@ class KVStore(StoreParts):
         if layer == self._layer and self._fits(layer, tokens):
             return
         self._leave_layer()
+        self._prefault_staged()
         self._entered_at = time.monotonic()
         self._begin_layer(layer)
         if not self._fits(layer, tokens):
@@ -89,6 +90,13 @@ class KVStore(StoreParts):
         if slot is not None:
             self._open_slot(slot, tensor.spec)
         return slot
+
+    def _prefault_staged(self) -> None:
+        """Where those rows have arrived: in the course of a prompt, not at the first token's touch."""
+        while self._staged and all(ticket.done() for ticket in self._staged[0].writes):
+            tensor = self._staged.popleft()
+            if tensor.mapped:
+                prefault(tensor, tensor.mapped)
 
     def _outgrow(self, layer: int, tokens: int) -> None:
         """More tokens than were foreseen: longer slots, and tensors that cannot stay in one place."""
@@ -247,6 +255,8 @@ class KVStore(StoreParts):
             if tensor.full > old:
                 self._make_room(tensor)
                 self._write(tensor, slot, old, tensor.full)
+                if tensor.mapped:
+                    self._staged.append(tensor)
             self._keep_tail(tensor, slot, count)
 
     def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from dualblade.in_place import LEAST_STAGED
 from dualblade.paths.base import WriteLimit
 from dualblade.paths.pagecache import LOST_PAGE, PageCachePath
 from dualblade.tensors import PathKind, TensorKey
+from spdk_glue import PAGE
 
 K0, V0 = TensorKey(0, "K"), TensorKey(0, "V")
 pytestmark = pytest.mark.needs("uring")
@@ -75,6 +77,32 @@ def test_the_first_rows_are_written_by_the_engine(tmp_path: Path) -> None:
         for count in (1, 60):
             checked.step(count)
         assert path.queue.stats().write_bytes == written, "the next ones are stored"
+
+
+def entries(address: int, nbytes: int) -> int:
+    """How many of the pages have a page-table entry."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(address // PAGE * 8)
+        words = array("Q", file.read(nbytes // PAGE * 8))
+    return sum(word >> 63 for word in words)
+
+
+def test_rows_that_the_engine_wrote_take_no_fault_later(tmp_path: Path) -> None:
+    with in_place(tmp_path, batch=2, layers=4) as (checked, _):
+        tensor = checked.store.tensors[K0]
+        checked.append(K0, FIRST)
+        assert tensor.mapped is not None
+        region = tensor.mapped.region
+        assert entries(region.address, region.size) == 0
+        for ticket in tensor.writes:
+            ticket.wait()
+        checked.load(TensorKey(2, "K"))
+        runs, nbytes = tensor.spec.runs, FIRST * tensor.layout.row_bytes
+        stride = tensor.mapped.capacity * tensor.layout.row_bytes
+        for run in range(runs):
+            begin = region.address + run * stride
+            whole = range(-(-begin // PAGE) * PAGE, (begin + nbytes) // PAGE * PAGE, PAGE)
+            assert entries(whole.start, len(whole) * PAGE) == len(whole)
 
 
 def test_rows_taken_back_and_changed_before_they_are_read_in_place(tmp_path: Path) -> None:

@@ -25,13 +25,20 @@ def charged(made: RunPlan) -> int:
     return made.footprint.total + made.bytes_on(PathKind.PAGE_CACHE)
 
 
+def whole(made: RunPlan) -> int:
+    """Tensors of which nothing is on the direct path."""
+    return len(SPECS) - len({item.key for item in made.placements if item.path is PathKind.DIRECT})
+
+
 @given(st.integers(60 * MIB, 2 * KV), st.sampled_from(["spread", "first-fit"]), st.booleans())
 @settings(deadline=None)
 def test_the_budget_holds_all_that_is_planned(budget: int, policy: str, live: bool) -> None:
     copied = plan(budget, policy=policy, live=live)
     in_place = plan(budget, policy=policy, live=live, in_place=True)
     assert max(charged(copied), charged(in_place)) <= budget
-    assert in_place.bytes_on(PathKind.PAGE_CACHE) >= copied.bytes_on(PathKind.PAGE_CACHE)
+    assert whole(in_place) >= whole(copied)
+    if whole(in_place) < len(SPECS) - 2:  # of the last two none is cached in part
+        assert in_place.bytes_on(PathKind.PAGE_CACHE) >= copied.bytes_on(PathKind.PAGE_CACHE)
 
 
 def test_only_tensors_that_are_copied_have_unfinished_blocks_in_memory() -> None:
