@@ -21,6 +21,7 @@ from spdk_glue import READ, FileRegion, Region
 
 CACHE = PathKind.PAGE_CACHE
 LEAST_STAGED = 16 * KIB  # of a head: so many first rows are written by the engine (see KVStore)
+AHEAD = 64 * KIB  # of a head: pages for rows to come
 
 
 class Device(Protocol):
@@ -96,9 +97,12 @@ def read_ahead(tensor: Tensor, mapped: Mapped) -> None:
 
 
 def prefault(tensor: Tensor, mapped: Mapped) -> None:
-    """Its rows were written from a slot: attention would take a page fault for every few pages."""
+    """Its rows were written from a slot: attention would take a page fault for every few pages, and the next
+    rows one that reads."""
+    row = tensor.layout.row_bytes
+    tokens = min(mapped.capacity, tensor.tokens + AHEAD // row)
     with suppress(OSError):  # as above
-        mapped.region.prefault(*_rows(tensor, mapped))
+        mapped.region.prefault(tokens * row, mapped.capacity * row, tensor.spec.runs)
 
 
 def _rows(tensor: Tensor, mapped: Mapped) -> tuple[int, int, int]:

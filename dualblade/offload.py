@@ -50,6 +50,7 @@ class Offload:
             drop_unused_pages(host)
             snapshot = take_snapshot(host)
         request = make_request(settings, snapshot, mapped_weights(host))
+        self._kernel = _for_the_kernel(settings, snapshot)
         self.plan = make_plan(specs, request, snapshot, grows)
         self.paths: dict[PathKind, StoragePath] = {}
         self.note: str | None = None
@@ -137,6 +138,7 @@ class Offload:
         budget = Budget(
             settings.budget, settings.page_cache, plan.footprint, mapped_weights(host),
             None if grows else plan.specs[0].tokens, settings.policy, plan.in_place and not grows,
+            self._kernel,
         )  # fmt: skip
         migrator = Migrator(tensors, self.paths, self.store.in_place, self.wear)
         migrator.claim(list(tensors.values()))
@@ -300,6 +302,11 @@ def _drive(options: QueueOptions) -> DriveSetting:
     return DriveSetting(options.queue_depth, options.command_bytes)
 
 
+def _for_the_kernel(settings: CacheSettings, snapshot: MemorySnapshot) -> int:
+    limited = snapshot.cgroup_headroom is not None and settings.cgroup is None
+    return settings.budget // KERNEL_PART if limited else 0
+
+
 def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int) -> BudgetRequest:
     """What of the budget is taken, read off this process. Weights count by their size, whether
     they are anonymous or mapped; what else is anonymous now stays. Under a cgroup's limit libraries, page
@@ -308,8 +315,8 @@ def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int)
     weights = max(settings.weights, mapped)
     anonymous_weights = max(0, settings.weights - mapped) if settings.loaded else 0
     activations = settings.activations
-    limited = snapshot.cgroup_headroom is not None and settings.cgroup is None
-    charged = max(0, snapshot.process_file - mapped) + settings.budget // KERNEL_PART if limited else 0
+    kernel = _for_the_kernel(settings, snapshot)
+    charged = max(0, snapshot.process_file - mapped) + kernel if kernel else 0
     return BudgetRequest(
         budget=settings.budget,
         weights=weights,

@@ -93,8 +93,10 @@ class KVStore(StoreParts):
 
     def _prefault_staged(self) -> None:
         """Where those rows have arrived: in the course of a prompt, not at the first token's touch."""
-        while self._staged and all(ticket.done() for ticket in self._staged[0].writes):
-            tensor = self._staged.popleft()
+        for key, tensor in list(self._staged.items()):
+            if not all(ticket.done() for ticket in tensor.writes):
+                return
+            del self._staged[key]
             if tensor.mapped:
                 prefault(tensor, tensor.mapped)
 
@@ -256,7 +258,7 @@ class KVStore(StoreParts):
                 self._make_room(tensor)
                 self._write(tensor, slot, old, tensor.full)
                 if tensor.mapped:
-                    self._staged.append(tensor)
+                    self._staged[key] = tensor
             self._keep_tail(tensor, slot, count)
 
     def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:

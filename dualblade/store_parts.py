@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -100,7 +99,7 @@ class StoreParts:
         self._entered_at = 0.0
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
-        self._staged: deque[Tensor] = deque()  # whose first rows were written from a slot
+        self._staged: dict[TensorKey, Tensor] = {}  # whose first rows were written from a slot
         in_place = self.reads_in_place and device.reads_in_place
         self.in_place = InPlace(device, paths, in_place and not checksum)
         self._tails, self.tensors = self._make_tensors(specs, layouts)
