@@ -53,8 +53,8 @@ class Budget:
 class LiveGovernor:
     """Told by the store of every tensor that is asked for (see store.Mover).
 
-    open_path: makes a path that the plan had no use for; raises DualBladeError. trace: a file that gets every
-    decision as a JSON line.
+    open_path(kind, grows): makes a path that the plan had no use for; raises DualBladeError. trace: a file
+    that gets every decision as a JSON line.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class LiveGovernor:
         migrator: Migrator,
         watch: MemoryWatch,
         placer: SegmentPlacer | None = None,
-        open_path: Callable[[PathKind], None] | None = None,
+        open_path: Callable[[PathKind, bool], None] | None = None,
         trace: Path | None = None,
     ):
         self.tensors = tensors
@@ -123,6 +123,21 @@ class LiveGovernor:
     def spare(self) -> bool:
         return self.migrator.spare()
 
+    def opens(self, kind: PathKind, grows: bool = False) -> bool:
+        """The path is there, or could be opened. grows: for more tokens than were planned for."""
+        if kind in self.paths:
+            return True
+        opening, self._open_path = self._open_path, None
+        if opening is None:
+            return False
+        try:
+            opening(kind, grows)
+            self.migrator.claim(list(self.tensors.values()))
+        except DualBladeError as error:
+            self.note = f"the {kind.value} path cannot be opened: {error}"
+            return False
+        return True
+
     def _between_passes(self) -> None:
         self.steps += 1
         self.migrator.grant = self._rate
@@ -164,19 +179,7 @@ class LiveGovernor:
         self.migrator.want(decision.moves)
 
     def _ready(self, moves: Sequence[Move]) -> bool:
-        """The path that they lead to is there, or could be opened."""
-        if not moves or moves[0].to in self.paths:
-            return True
-        opening, self._open_path = self._open_path, None
-        if opening is None:
-            return False
-        try:
-            opening(moves[0].to)
-            self.migrator.claim(list(self.tensors.values()))
-        except DualBladeError as error:
-            self.note = f"the {moves[0].to.value} path cannot be opened: {error}"
-            return False
-        return True
+        return not moves or self.opens(moves[0].to)
 
     def _state_of(self, tensor: Tensor) -> TensorState:
         cached = cached_written = 0

@@ -145,7 +145,7 @@ class Offload:
         watch = MemoryWatch(lambda: look(host, self._cached_fds()))
         governor = LiveGovernor(
             tensors, self.paths, budget, migrator, watch, self.placer,
-            lambda kind: self._open_late(kind, grows), settings.governor_trace,
+            lambda kind, more: self._open_late(kind, grows or more), settings.governor_trace,
         )  # fmt: skip
         watch.start()
         return governor

@@ -54,13 +54,15 @@ class Placer(Protocol):
 
 class Mover(Protocol):
     """Moves blocks from path to path while the store is used (see live.py). region: what it moves through;
-    closed with the store. spare: give up direct rooms that nothing lies in; whether there were any."""
+    closed with the store. spare: give up direct rooms that nothing lies in; whether there were any. opens: a
+    path that was not needed so far; whether it is there now."""
 
     @property
     def region(self) -> Region: ...
     def reached(self, key: TensorKey) -> None: ...
     def grown(self, tensor: Tensor) -> None: ...
     def spare(self) -> bool: ...
+    def opens(self, kind: PathKind, grows: bool = False) -> bool: ...
 
 
 class StoreParts:
@@ -164,6 +166,13 @@ class StoreParts:
 
     def _allocate(self, placement: Placement) -> Room:
         wanted = [(placement.key, placement.bytes)]
+        if placement.path not in self.paths and not (
+            self.mover and self.mover.opens(placement.path, grows=True)
+        ):
+            raise CapacityError(
+                f"{placement.key} outgrew what was planned, and there is no {placement.path.value} path",
+                "name the prompt and all new tokens: max_tokens",
+            )
         try:
             return self.paths[placement.path].allocate(wanted)[0]
         except CapacityError:

@@ -22,7 +22,7 @@ from dualblade.errors import CapacityError, UsageError
 from dualblade.governor_trace import replay
 from dualblade.host.pressure import Pressure
 from dualblade.host.sysfs import Host
-from dualblade.live import PATIENCE
+from dualblade.live import KERNEL_PART, PATIENCE
 from dualblade.residency import take_snapshot
 from dualblade.settings import CacheSettings
 from dualblade.tensors import PathKind
@@ -46,10 +46,11 @@ CACHE, DIRECT = PathKind.PAGE_CACHE, PathKind.DIRECT
 
 class Memory:
     """What the machine seems to have, and whether all wait for more of it; the process seems to take what it
-    took at first."""
+    took at first. headroom: of a cgroup that is charged with the kernel's own memory for our pages, too."""
 
     def __init__(self, available: int):
         self.available = available
+        self.headroom: int | None = None
         self.stalled = False
         self.anon = take_snapshot(Host()).process_anon
 
@@ -60,7 +61,8 @@ class Memory:
             snapshot=replace(
                 seen.snapshot,
                 available=self.available,
-                cgroup_headroom=None,
+                cgroup_headroom=self.headroom
+                and self.headroom - seen.pages.dirty - seen.pages.cached // KERNEL_PART,
                 process_anon=self.anon,
                 process_hugetlb=0,
             ),
@@ -150,6 +152,24 @@ def test_less_memory_and_more_again(rows: Rows, memory: Memory) -> None:
     assert report["paths"]["direct"]["tensors"] == 0
 
 
+@pytest.mark.needs("uring", "o_direct")
+def test_the_kernels_memory_for_our_pages_is_not_reserved_twice(
+    direct_dir: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = replace(take_snapshot(Host()), cgroup_headroom=64 * GIB, cgroup_limit="a cgroup")
+    monkeypatch.setattr(offload, "take_snapshot", lambda host: limited)
+    with cache_of(direct_dir) as cache:
+        rows, governor = Rows(cache), cache.storage.governor
+        kept = rows.cached()
+        to_take = cache.storage.plan.footprint.total - memory.anon
+        memory.headroom = to_take + kept + kept // KERNEL_PART // 2
+        rows.step(TOKENS - 64)
+        rows.until(lambda: governor.steps > 20)
+        assert (governor.moves, rows.cached()) == ([], kept)
+        memory.headroom -= kept // 2
+        rows.until(lambda: rows.cached() <= kept * 3 // 4)
+
+
 def held_pages(fd: int) -> int:
     from spdk_glue import cached_bytes
 
@@ -218,6 +238,30 @@ def test_growth_without_a_known_end_follows_the_share(direct_dir: Path, memory: 
         rows.until(lambda: rows.cached() <= 4 * MIB)
         memory.available = 64 * GIB
         rows.until(lambda: rows.cached() > 6 * MIB)
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_growth_beyond_the_plan_opens_the_path_that_it_had_no_use_for(
+    direct_dir: Path, memory: Memory
+) -> None:
+    with cache_of(direct_dir, max_tokens=256) as cache:
+        rows = Rows(cache)
+        assert set(cache.storage.store.paths) == {CACHE}
+        memory.available = cache.storage.plan.footprint.total - memory.anon + rows.cached() + MIB
+        rows.step(250)
+        rows.step(600)
+        rows.step()
+        assert any(tensor.blocks_on(DIRECT) for tensor in cache.storage.store.tensors.values())
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_growth_beyond_the_plan_of_a_static_run_is_refused(direct_dir: Path) -> None:
+    needed = KV_BYTES // TOKENS * 256
+    with cache_of(direct_dir, max_tokens=256, live=False, page_cache_budget=needed + 64) as cache:
+        rows = Rows(cache)
+        rows.step(250)
+        with pytest.raises(CapacityError, match="outgrew what was planned"):
+            rows.step(600)
 
 
 @pytest.mark.needs("uring", "o_direct")
