@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,6 +14,14 @@ from dualblade.host.cgroup import CgroupLevel, is_ours, memory_cgroups, tightest
 from dualblade.host.meminfo import machine_memory, process_memory
 from dualblade.host.sysfs import Host
 from spdk_glue import GlueError, cached_bytes
+
+BUSY_PART = 50  # of a CPU, at most what looking at the memory takes
+
+
+def pause(interval_s: float, spent_s: float) -> float:
+    """Seconds until the next look after one that took `spent_s` of a CPU: counting the pages of a file takes
+    the kernel 200 ns for each folio, which attention would wait for."""
+    return max(interval_s, BUSY_PART * spent_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,8 @@ class MemoryMeter:
     """Keeps the peak of this process's memory, sampled by a thread of its own.
 
     fds: gives the descriptors of our cached files; it is called, and they are looked at, under
-    `closing`. observer: is given every sample. interval_s: seconds between samples; the first is taken by
+    `closing`. observer: is given every sample. interval_s: seconds between samples, more
+    where they take long (see pause); the first is taken by
     `start`, the last by `stop`.
 
     closing: the lock to hold while one of the descriptors is closed and taken off the list, as long as
@@ -170,9 +180,12 @@ class MemoryMeter:
         return f"<MemoryMeter {state}, peak {self.peak_bytes} bytes>"
 
     def _run(self) -> None:
+        spent = 0.0
         try:
-            while not self._ended.wait(self._interval_s):
+            while not self._ended.wait(pause(self._interval_s, spent)):
+                begun = time.thread_time()
                 self.sample()
+                spent = time.thread_time() - begun
         except Exception as error:  # kept for stop(): a thread has nobody to raise to
             self._error = error
 

@@ -12,7 +12,7 @@ from dualblade.errors import ConfigError
 from dualblade.host.cgroup import memory_cgroups
 from dualblade.host.pressure import Pressure, memory_pressure
 from dualblade.host.sysfs import Host
-from dualblade.residency import MemorySnapshot, take_snapshot
+from dualblade.residency import MemorySnapshot, pause, take_snapshot
 from spdk_glue import CachedPages, GlueError, cached_pages
 
 INTERVAL_S = 0.25
@@ -43,8 +43,8 @@ def look(host: Host, fds: Iterable[int]) -> Look:
 class MemoryWatch:
     """`latest` is the last look and its number. error: why there are no more, or None.
 
-    take: makes a look. interval_s: seconds between two. The descriptors that it looks at must stay open
-    until stop() has returned.
+    take: makes a look. interval_s: seconds between two, more where that takes long (see pause). The
+    descriptors that it looks at must stay open until stop() has returned.
     """
 
     def __init__(self, take: Callable[[], Look], interval_s: float = INTERVAL_S):
@@ -69,11 +69,12 @@ class MemoryWatch:
             thread.join()
 
     def _run(self) -> None:
-        number = 0
+        number, spent = 0, 0.0
         try:
-            while not self._ended.wait(self._interval_s):
-                number += 1
+            while not self._ended.wait(pause(self._interval_s, spent)):
+                number, begun = number + 1, time.thread_time()
                 self.latest = (number, self._take())
+                spent = time.thread_time() - begun
         except (
             ConfigError,
             GlueError,

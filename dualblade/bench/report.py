@@ -205,7 +205,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "While it computes, the drive reads as it does beside compute (with every CPU attending to KV in "
         "memory, measured), and what is left then at its limit.",
         "peak: what the cgroup was charged with and hugepages, or else memory of the process and the cached "
-        "pages of its files, sampled every 100 ms; the largest of all rounds.",
+        "pages of its files, sampled up to every 100 ms; the largest of all rounds.",
         "same bits: the logits of every token and a checksum of all K and V, read back at the end, are those "
         "of transformers' own cache (or, where it does not fit, those of most runs).",
     ]
