@@ -52,6 +52,7 @@ class Scheduler:
         self.limit = limit
         self.depth = limit if mode.crosses_layers else 0
         self.steps = 0
+        self._decoded = 0  # of the steps, those that were no prompt's
         self.decisions: list[Decision] = []
         self.climb: Climb | None = None
         self.store_share: StoreShare | None = None
@@ -80,15 +81,20 @@ class Scheduler:
     # decide ---------------------------------------------------------------------------------
 
     def step_ended(
-        self, traffic: Mapping[str, Traffic], layers: Callable[[], Sequence[Mapping[str, int]]]
+        self,
+        traffic: Mapping[str, Traffic],
+        layers: Callable[[], Sequence[Mapping[str, int]]],
+        prompt: bool = False,
     ) -> None:
-        """traffic: each path's so far; layers: what each layer, in order, reads of each path, in bytes."""
+        """traffic: each path's so far; layers: what each layer, in order, reads of each path, in bytes.
+        prompt: it computed for so long that it says nothing of how far ahead decoding has to read."""
+        self._decoded += not prompt
         made = {kind: total.since(self._traffic.get(kind, Traffic())) for kind, total in traffic.items()}
         self._traffic = dict(traffic)
         if not any(path.nbytes for path in made.values()):
             return
-        times = self._times(made, layers()) if self.steps <= 4 or self.steps % EVERY == 0 else None
-        if times:
+        times = self._times(made, layers()) if self._decoded <= 4 or self.steps % EVERY == 0 else None
+        if times and not prompt:
             self._choose_depth(times)
         if self._drive_counts(times):
             self._try_drive(made)

@@ -18,6 +18,8 @@ from dualblade.tensors import PathKind, TensorKey, TensorSpec
 from dualblade.traffic import reads_of_layers, traffic
 from spdk_glue import READ, WRITE
 
+LONGEST_DECODE = 32  # tokens of a pass, guessed ones included; more are a prompt's
+
 
 class KVStore(StoreParts):
     """The tensors of one generation.
@@ -111,7 +113,12 @@ class KVStore(StoreParts):
         """What a step took may change how the next one is fetched."""
         if not self.scheduler.enter(layer, self.stall_s):
             return
-        self.scheduler.step_ended(traffic(self.paths), partial(reads_of_layers, self._layers, self.tensors))
+        before, self._step_tokens = self._step_tokens, self.tokens(layer)
+        self.scheduler.step_ended(
+            traffic(self.paths),
+            partial(reads_of_layers, self._layers, self.tensors),
+            prompt=self._step_tokens - before > LONGEST_DECODE,
+        )
         direct, drive = self.paths.get(PathKind.DIRECT), self.scheduler.drive
         if direct and drive:
             direct.tune(drive.queue_depth, drive.command_bytes)
@@ -209,6 +216,7 @@ class KVStore(StoreParts):
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
+        self.load_stall_s += time.monotonic() - begun
         if tensor.full or tensor.mapped:  # rows are about to be written where an old write may still go
             self._await_writes(tensor)
         if tensor.mapped and slot is tensor.mapped.slot:

@@ -24,12 +24,14 @@ class Steps:
         self.traffic = Traffic()
         self.scheduler = Scheduler(mode, limit, clock=lambda: self.now)
 
-    def run(self, count: int, compute_s: float, speed: float, stall_s: float = 0.0) -> None:
+    def run(
+        self, count: int, compute_s: float, speed: float, stall_s: float = 0.0, prompt: bool = False
+    ) -> None:
         for _ in range(count):
             for layer in range(self.layers):
                 if self.scheduler.enter(layer, self.stall_s):
                     reads = [Counter({"direct": LAYER})] * self.layers
-                    self.scheduler.step_ended({"direct": self.traffic}, lambda reads=reads: reads)
+                    self.scheduler.step_ended({"direct": self.traffic}, lambda reads=reads: reads, prompt)
                 self.traffic = Traffic(self.traffic.nbytes + LAYER, self.traffic.busy_s + LAYER / speed)
                 self.now += compute_s + stall_s
                 self.stall_s += stall_s
@@ -62,6 +64,17 @@ def test_nothing_is_fetched_ahead_where_loads_take_no_time() -> None:
     steps = Steps(Mode.ADAPTIVE)
     steps.run(3, 1.0, 1000 * LAYER)
     assert steps.scheduler.depth == 0
+
+
+def test_a_prompt_says_nothing_of_decoding() -> None:
+    """Its last chunk ends with the first pass that decodes, which would wait for every layer."""
+    steps = Steps(Mode.ADAPTIVE)
+    steps.run(1, 100.0, LAYER)
+    steps.run(9, 100.0, LAYER, prompt=True)
+    steps.run(1, 0.1, LAYER, prompt=True)
+    assert (steps.scheduler.steps, steps.scheduler.depth) == (10, 3)
+    steps.run(1, 0.1, LAYER)
+    assert steps.scheduler.depth == 1, "the first pass that decodes does"
 
 
 def test_a_change_of_speed_is_noticed() -> None:
