@@ -4,7 +4,7 @@ moved."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -53,8 +53,8 @@ class Budget:
 class LiveGovernor:
     """Told by the store of every tensor that is asked for (see store.Mover).
 
-    waited: seconds for which reads were waited for so far. open_path(kind, grows): makes a path that the plan
-    had no use for; raises DualBladeError. trace: a file that gets every decision as a JSON line.
+    open_path(kind, grows): makes a path that the plan had no use for; raises DualBladeError. trace: a file
+    that gets every decision as a JSON line.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class LiveGovernor:
         budget: Budget,
         migrator: Migrator,
         watch: MemoryWatch,
-        waited: Callable[[], float],
         placer: SegmentPlacer | None = None,
         open_path: Callable[[PathKind, bool], None] | None = None,
         trace: Path | None = None,
@@ -89,8 +88,6 @@ class LiveGovernor:
         self._rate = 0
         self._hurried = False
         self._looks: tuple[Look, Look] | None = None  # decided on before, and now
-        self._waited = waited
-        self._waits: deque[tuple[float, float]] = deque(maxlen=PATIENCE + 1)  # looks, when and waited by then
         self._last: TensorKey | None = None
         self._reasons: dict[tuple[TensorKey, PathKind], str] = {}
 
@@ -229,7 +226,6 @@ class LiveGovernor:
             some=some,
             full=full,
             steps_left=self._steps_left(),
-            waited=self._waited_part(number, seen.at),
         )
 
     def _footprint(self) -> Footprint:
@@ -256,13 +252,6 @@ class LiveGovernor:
             max(0.0, here.some_s - then.some_s) * part,
             max(0.0, here.full_s - then.full_s) * part,
         )
-
-    def _waited_part(self, number: int, at: float) -> float:
-        """Per cent of the time of the last few looks; that of a single pass says little."""
-        if not self._waits or number != self._state.number:
-            self._waits.append((at, self._waited()))
-        (begun, before), (_, now) = self._waits[0], self._waits[-1]
-        return 100 * (now - before) / max(at - begun, 0.001)
 
     def _steps_left(self) -> int | None:
         if self._budget.tokens is None:

@@ -144,7 +144,7 @@ class Offload:
         migrator.claim(list(tensors.values()))
         watch = MemoryWatch(lambda: look(host, self._cached_fds()))
         governor = LiveGovernor(
-            tensors, self.paths, budget, migrator, watch, lambda: self.store.load_stall_s, self.placer,
+            tensors, self.paths, budget, migrator, watch, self.placer,
             lambda kind, more: self._open_late(kind, grows or more), settings.governor_trace,
         )  # fmt: skip
         watch.start()

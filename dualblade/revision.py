@@ -23,9 +23,9 @@ REFAULT_PART = 16  # of the resident pages, read back since the last look, is pr
 MARGIN_PART = 8  # of the band, by which more is given up than was asked for
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
-LEAST_WAITED = 2.0  # per cent: below, reads are hidden behind attention, which a copy would only disturb
-# so small a part of all tensors comes from the drive sooner than attention is through the others
-FEW_PART = 16
+FEW_PART = (
+    16  # so small a part of all tensors comes from the drive sooner than attention is through the others
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class Facts:
     budget: of the process. cap: --page-cache-budget. footprint: what is planned for all but cached KV; held:
     what the process holds now beside cached KV. room: what machine and cgroups give the page-cache path,
     with what it has. resident: our pages that are in memory. refaulted: pages read back since the last
-    look. some, full: per cent of the time since then in which tasks waited for memory (PSI). waited: per cent
-    of the time in which attention waited for reads. steps_left: forward passes to come, None if unknown.
+    look. some, full: per cent of the time since then in which tasks waited for memory (PSI). steps_left:
+    forward passes to come, None if unknown.
     """
 
     number: int
@@ -72,7 +72,6 @@ class Facts:
     some: float = 0.0
     full: float = 0.0
     steps_left: int | None = None
-    waited: float = 100.0
 
     @property
     def pressed(self) -> bool:
@@ -318,7 +317,7 @@ def _demote(
 def _promote(
     tensors: Sequence[TensorState], room: int, facts: Facts, limits: Limits, reason: str
 ) -> tuple[list[Move], bool]:
-    pays = _pays(facts) and facts.waited >= LEAST_WAITED
+    pays = _pays(facts)
     if all(tensor.block_bytes > room or tensor.cached >= tensor.blocks for tensor in tensors):
         return [], False
     cycle, allowed = _Cycle(tensors, limits.policy), limits.promote if pays else 0

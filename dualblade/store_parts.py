@@ -89,7 +89,6 @@ class StoreParts:
         self.scheduler = scheduler
         self.checksum = checksum
         self.stall_s = 0.0
-        self.load_stall_s = 0.0  # of stall_s, for reads that were under way
         self.checksum_s = 0.0
         self.failure: DualBladeError | None = None
         self.trace: Trace | None = None
@@ -99,7 +98,6 @@ class StoreParts:
         self._slots = slots
         self._of_env = any(path.queue.needs_env_memory for path in paths.values())
         self._layer: int | None = None
-        self._step_tokens = 0  # when the step began
         self._entered_at = 0.0
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}

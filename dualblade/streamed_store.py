@@ -182,7 +182,6 @@ class StreamedStore(KVStore):
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
-        self.load_stall_s += time.perf_counter() - begun
         self._await_blocks(tensor, chunk.end)
         self.stall_s += time.perf_counter() - begun
         self._verify_blocks(tensor, slot, chunk.first, chunk.end)

@@ -185,17 +185,6 @@ def test_no_copy_for_the_last_tokens() -> None:
     assert sum(move.copied for move in fresh.moves) == 0
 
 
-def test_no_copy_where_attention_does_not_wait_for_the_drive() -> None:
-    """What was never written may still be placed in the page cache, which copies nothing."""
-    states = tensors([0] * 16)
-    waits = revise(states, replace(FACTS, waited=10.0), GovernorState(), LIMITS)
-    hidden = revise(states, replace(FACTS, waited=1.0), GovernorState(), LIMITS)
-    assert sum(move.copied for move in waits.moves) > 0
-    assert sum(move.copied for move in hidden.moves) == 0
-    fresh = revise(tensors([0] * 16, written=0), replace(FACTS, waited=1.0), GovernorState(), LIMITS)
-    assert sum(move.bytes for move in fresh.moves) > 0
-
-
 def test_under_pressure_nothing_is_promoted() -> None:
     for pressure in ({"some": 20.0}, {"full": 5.0}, {"refaulted": 64 * MIB}):
         facts = replace(FACTS, **pressure)
