@@ -216,7 +216,6 @@ class KVStore(StoreParts):
         filled, slot.fills = slot.fills, []
         for ticket in filled:
             ticket.wait()
-        self.load_stall_s += time.monotonic() - begun
         if tensor.full or tensor.mapped:  # rows are about to be written where an old write may still go
             self._await_writes(tensor)
         if tensor.mapped and slot is tensor.mapped.slot:

@@ -98,6 +98,7 @@ class StoreParts:
         self._slots = slots
         self._of_env = any(path.queue.needs_env_memory for path in paths.values())
         self._layer: int | None = None
+        self._step_tokens = 0  # when the step began
         self._entered_at = 0.0
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
