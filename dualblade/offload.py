@@ -56,7 +56,7 @@ class Offload:
         self.note: str | None = None
         self.governor: LiveGovernor | None = None
         self.wear = WriteLimit(settings.write_cap) if settings.write_cap is not None else None
-        self.meter = MemoryMeter(self._cached_fds, observer=self._follow)
+        self.meter = MemoryMeter(self._cached_fds, observer=self._follow, counted=self._counted)
         try:
             self._open_paths(grows)
             self.placer = SegmentPlacer(self.plan)
@@ -178,6 +178,10 @@ class Offload:
     def _cached_fds(self) -> list[int]:
         path = self.paths.get(PathKind.PAGE_CACHE)
         return list(path.fds) if isinstance(path, PageCachePath) else []
+
+    def _counted(self) -> int | None:
+        """To count pages takes a CPU from attention, so where the governor does it nobody else does."""
+        return self.governor.watch.cached if self.governor else None
 
     def _follow(self, sample: MemorySample) -> None:
         if self.settings.cgroup:

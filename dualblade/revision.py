@@ -23,9 +23,8 @@ REFAULT_PART = 16  # of the resident pages, read back since the last look, is pr
 MARGIN_PART = 8  # of the band, by which more is given up than was asked for
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
-FEW_PART = (
-    16  # so small a part of all tensors comes from the drive sooner than attention is through the others
-)
+FEW_PART = 16  # so small a part comes from the drive sooner than attention is through the others
+FEWEST_STEPS_OF_FEW = 64  # so that a copy of it, which nothing waits for, seldom pays
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +191,8 @@ def _look(facts: Facts, state: GovernorState, limits: Limits) -> GovernorState:
     own, better_own = _settle(
         -_rounded(facts, margin), None if state.own is None else -state.own, state.better_own, limits, 0
     )
-    room, better_room = _settle(facts.room, state.room, state.better_room, limits, margin)
+    # what others leave is an estimate, good to some pages; the budget is exact
+    room, better_room = _settle(facts.room, state.room, state.better_room, limits, margin, slack=margin)
     grown = state.room is not None and room > state.room
     return replace(
         state, number=facts.number, own=-own, room=room, better_own=better_own, better_room=better_room,
@@ -215,12 +215,14 @@ def _rounded(facts: Facts, step: int) -> int:
     return facts.footprint + (-(-beyond // max(1, step)) * max(1, step) if beyond > 0 else 0)
 
 
-def _settle(seen: int, current: int | None, better: int, limits: Limits, margin: int) -> tuple[int, int]:
-    """The value in force, and for how many looks there has been more. Less counts at once, with a margin
-    below it, so that the next small change is none."""
+def _settle(
+    seen: int, current: int | None, better: int, limits: Limits, margin: int, slack: int = 0
+) -> tuple[int, int]:
+    """The value in force, and for how many looks there has been more. Less by more than `slack` counts at
+    once, with a margin below it, so that the next small change is none."""
     if current is None:
         return seen, 0
-    if seen < current:
+    if seen < current - slack:
         return seen - margin, 0
     if seen < current + limits.band:
         return current, 0
@@ -286,8 +288,8 @@ def _crumbs(tensors: Sequence[TensorState], room: int, facts: Facts, limits: Lim
     return None if completed or idle else least
 
 
-def _pays(facts: Facts) -> bool:
-    return facts.steps_left is None or facts.steps_left >= FEWEST_STEPS
+def _pays(facts: Facts, steps: int = FEWEST_STEPS) -> bool:
+    return facts.steps_left is None or facts.steps_left >= steps
 
 
 def _demote(
@@ -324,10 +326,10 @@ def _promote(
     while (found := cycle.next_to_promote()) is not None:
         tensor = cycle.tensors[found]
         wanted = min(room // tensor.block_bytes, tensor.blocks - tensor.cached)
-        whole = limits.in_place and _few(_apart(cycle.tensors), len(cycle.tensors))
-        if not wanted or (whole and wanted < tensor.blocks - tensor.cached):
-            break
         old = tensor.written - tensor.cached_written
+        few = limits.in_place and _few(_apart(cycle.tensors), len(cycle.tensors))
+        if not wanted or (few and not _completes(tensor, wanted, old, facts)):
+            break
         copies = min(wanted, old, max(allowed // tensor.block_bytes, int(pays and not cycle.moves)))
         blocks = wanted if copies == old else copies
         room -= cycle.take(found, PathKind.PAGE_CACHE, blocks, copies, reason) if blocks else 0
@@ -335,6 +337,12 @@ def _promote(
         if blocks < wanted:
             return cycle.moves, pays
     return cycle.moves, False
+
+
+def _completes(tensor: TensorState, wanted: int, old: int, facts: Facts) -> bool:
+    """Where nearly all are cached, no tensor is left in part, and none begun whose copy does not pay."""
+    whole = wanted == tensor.blocks - tensor.cached
+    return whole and (tensor.cached > 0 or not old or _pays(facts, FEWEST_STEPS_OF_FEW))
 
 
 class _Cycle:

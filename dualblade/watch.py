@@ -68,6 +68,13 @@ class MemoryWatch:
             self._ended.set()
             thread.join()
 
+    @property
+    def cached(self) -> int | None:
+        """Bytes of our files in the page cache at the last look; None where no more looks are taken."""
+        if self.latest is None or self._thread is None or not self._thread.is_alive():
+            return None
+        return self.latest[1].pages.cached
+
     def _run(self) -> None:
         number, spent = 0, 0.0
         try:

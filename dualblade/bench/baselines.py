@@ -23,7 +23,7 @@ from dualblade.device import CpuDevice
 from dualblade.errors import UsageError
 from dualblade.hf import DualBladeCache
 from dualblade.host.sysfs import Host
-from dualblade.paths.pagecache import PageCachePath
+from dualblade.residency import MemoryMeter
 from dualblade.settings import CacheSettings
 from dualblade.tensors import PathKind, TensorKey, TensorSpec
 from dualblade.units import format_size
@@ -69,6 +69,10 @@ class Subject(ABC):
     def cached_fds(self) -> Iterable[int]:
         """Files whose pages count as this process's memory."""
         return ()
+
+    def meter(self) -> MemoryMeter | None:
+        """Its own, where it has one: a second would count every page twice."""
+        return None
 
     def decode_begins(self) -> None:  # noqa: B027 (most have nothing to do)
         """The prompt is done."""
@@ -219,14 +223,13 @@ class DualBlade(Subject):
         cached = storage.paths[PathKind.PAGE_CACHE]
         return Reading(process_read_bytes(), cached.queue.stats().read_busy_s + cached.in_place_s)
 
-    def cached_fds(self) -> Iterable[int]:
-        path = self.cache.storage.paths.get(PathKind.PAGE_CACHE)
-        return list(path.fds) if isinstance(path, PageCachePath) else []
+    def meter(self) -> MemoryMeter | None:
+        return self.cache.storage.meter
 
     def facts(self) -> dict[str, Any]:
         report = self.cache.report()
         paths = {name: path["bytes"] for name, path in report["paths"].items()}
-        return {"paths": paths, "pipeline": report["pipeline"]}
+        return {"paths": paths, "pipeline": report["pipeline"], "governor": report.get("governor")}
 
     def close(self) -> None:
         self.cache.close()

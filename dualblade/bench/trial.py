@@ -99,7 +99,7 @@ def run_trial(trial: Trial, tell: Callable[[int], None]) -> dict[str, Any]:
         stack.enter_context(leave_a_cpu(by_spdk))
         model = make_model(trial.workload, config, dtype)
         subject = stack.enter_context(closing(make_subject(trial.baseline, stage)))
-        meter = stack.enter_context(MemoryMeter(subject.cached_fds))
+        meter = subject.meter() or stack.enter_context(MemoryMeter(subject.cached_fds))
         held = _without_hugepages(trial)
         record = _measure(trial, model, subject, tell)
         record |= {"peak_bytes": meter.peak_bytes, "hugetlb_bytes": held, "facts": subject.facts()}
