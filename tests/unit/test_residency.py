@@ -17,6 +17,7 @@ from dualblade.errors import ConfigError
 from dualblade.host.sysfs import Host
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
 from dualblade.units import GIB, KIB, MIB
+from dualblade.watch import MemoryWatch, look
 from spdk_glue import GlueError, cached_bytes, cached_pages, file_facts, punch
 
 BLOCK = 64 * MIB
@@ -94,6 +95,24 @@ def test_the_thread_sees_pages_come(cached_file: int) -> None:
         assert meter.peak.cached < MIB
         os.pread(cached_file, FILE, 0)
         until(lambda: meter.peak.cached >= FILE)
+
+
+def test_pages_that_somebody_else_counts_are_not_counted_again(cached_file: int) -> None:
+    told: list[int | None] = [5 * MIB, None]
+    with MemoryMeter(lambda: [cached_file], interval_s=1000, counted=lambda: told[0]) as meter:
+        assert meter.sample().cached == 5 * MIB
+        told.pop(0)
+        assert meter.sample().cached >= FILE, "nobody does any more"
+
+
+def test_a_watch_tells_what_is_cached_as_long_as_it_looks(cached_file: int) -> None:
+    watch = MemoryWatch(lambda: look(Host(), [cached_file]))
+    assert watch.cached is None
+    watch.start()
+    assert watch.cached is not None
+    assert FILE <= watch.cached < FILE + MIB
+    watch.stop()
+    assert watch.cached is None
 
 
 def test_a_short_run_has_its_first_and_its_last_sample(cached_file: int) -> None:

@@ -13,7 +13,18 @@ from dualblade.errors import ConfigError
 from dualblade.governor import place
 from dualblade.governor_trace import encode, replay
 from dualblade.planner import make_specs
-from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, TensorState, fill, revise
+from dualblade.revision import (
+    FEWEST_STEPS,
+    FEWEST_STEPS_OF_FEW,
+    Decision,
+    Facts,
+    GovernorState,
+    Limits,
+    Move,
+    TensorState,
+    fill,
+    revise,
+)
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import GIB, MIB
 
@@ -99,6 +110,16 @@ def test_less_memory_demotes_at_once_and_no_more_than_allowed() -> None:
     less = revise(after, replace(facts, number=1, room=250 * MIB), decision.state, LIMITS)
     assert less.share == 249 * MIB, "with a margin, so that the next small change is none"
     assert {move.to for move in moves} == {PathKind.DIRECT}
+
+
+def test_a_little_less_of_what_others_leave_moves_nothing() -> None:
+    """It is an estimate; the budget is not."""
+    states, state, _ = settle(tensors([32] * 16), replace(FACTS, room=512 * MIB), GovernorState(), LIMITS)
+    less = replace(FACTS, number=1000, room=511 * MIB)
+    assert not revise(states, less, state, LIMITS).moves
+    assert revise(states, replace(less, room=510 * MIB), state, LIMITS).share == 509 * MIB
+    held = replace(FACTS, number=1000, budget=FACTS.budget - MIB // 2)
+    assert revise(states, held, state, LIMITS).share < 512 * MIB
 
 
 def test_the_cached_ones_stay_spread() -> None:
@@ -262,6 +283,27 @@ def test_of_many_on_the_drive_one_is_cached_in_part() -> None:
 def test_no_copy_to_be_rid_of_a_part_for_the_last_tokens() -> None:
     states, facts = tensors([32] * 15 + [20]), replace(memory_for(15 * 32 + 21), steps_left=7)
     assert settle(states, facts, GovernorState(), IN_PLACE)[0] == states
+
+
+@pytest.mark.parametrize(
+    ("steps_left", "written", "cached"),
+    [(FEWEST_STEPS_OF_FEW - 1, 32, 0), (FEWEST_STEPS_OF_FEW, 32, 32), (None, 32, 32), (1, 0, 32)],
+)
+def test_the_last_tensor_is_copied_only_for_many_tokens(
+    steps_left: int | None, written: int, cached: int
+) -> None:
+    """Attention does not wait for it, but would for the copy; a room without rows takes none."""
+    states = [*tensors([32] * 15), tensor(KEYS[15], 32, written, 0)]
+    facts = replace(FACTS, steps_left=steps_left)
+    after, _, _ = settle(states, facts, GovernorState(), IN_PLACE)
+    assert [item.cached for item in after] == [32] * 15 + [cached]
+
+
+def test_a_few_tokens_are_enough_where_many_lie_on_the_drive() -> None:
+    states = tensors([32] * 12 + [0] * 4)
+    facts = replace(FACTS, steps_left=FEWEST_STEPS)
+    after, _, _ = settle(states, facts, GovernorState(), IN_PLACE)
+    assert sum(item.cached == 32 for item in after) == 15, "but for the last one"
 
 
 def test_a_plan_leaves_out_a_part_where_nearly_all_fit() -> None:
