@@ -154,7 +154,7 @@ class KVStore(StoreParts):
                 tensor = self.tensors[key]
                 if tensor.mapped and distance <= depth:
                     read_ahead(tensor, tensor.mapped)
-                if tensor.mapped or not tensor.full:
+                if tensor.mapped or not tensor.full or key in self._in_use:  # whose rows may still change
                     continue
                 left -= 1
                 if key not in self._fetched and not self._fetch_ahead(key):

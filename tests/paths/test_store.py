@@ -326,3 +326,15 @@ def test_segments_of_one_tensor_on_both_real_paths(direct_dir: Path, depth: int)
         for tensor in opened.tensors.values():
             assert {segment.room.path for segment in tensor.segments} == set(PathKind)
     assert list(direct_dir.iterdir()) == []
+
+
+def test_what_attention_holds_is_not_fetched_beside_it() -> None:
+    """A copy of its rows would be stale as soon as they change."""
+    with mem_store(Shape(layers=4, depth=2, spare=1, tokens=64)) as checked:
+        checked.step(40)
+        held = TensorKey(2, "K")
+        checked.load(held)
+        checked.store.prefetch(1)
+        checked.flip(held)
+        checked.load(K0)
+        checked.load(held)
