@@ -330,10 +330,12 @@ def test_segments_of_one_tensor_on_both_real_paths(direct_dir: Path, depth: int)
 
 def test_what_attention_holds_is_not_fetched_beside_it() -> None:
     """A copy of its rows would be stale as soon as they change."""
-    with mem_store(Shape(layers=4, depth=2, spare=1, tokens=64)) as checked:
-        checked.step(40)
+    shape = Shape(layers=4, batch=2, depth=2, spare=1, tokens=256, capacity=256)
+    with mem_store(shape, placed=True) as checked:
+        checked.step(200)
         held = TensorKey(2, "K")
-        checked.load(held)
+        for key in (K0, K1, held):
+            checked.load(key)
         checked.store.prefetch(1)
         checked.flip(held)
         checked.load(K0)
