@@ -271,16 +271,17 @@ def _few(apart: int, total: int) -> bool:
     return apart * FEW_PART <= total
 
 
-def _apart(tensors: Sequence[TensorState]) -> int:
-    """How many tensors are not cached as a whole."""
-    return sum(tensor.cached < tensor.blocks for tensor in tensors)
+def _few_apart(tensors: Sequence[TensorState], limits: Limits) -> bool:
+    """Nearly all are cached as a whole, and read in place."""
+    apart = sum(tensor.cached < tensor.blocks for tensor in tensors)
+    return limits.in_place and _few(apart, len(tensors))
 
 
 def _crumbs(tensors: Sequence[TensorState], room: int, facts: Facts, limits: Limits) -> TensorState | None:
     """A tensor in part that `room` cannot complete, where nearly all others are read in place: its copy takes
     the CPU from attention, which the drive would not."""
     parts = [tensor for tensor in tensors if tensor.stuck < tensor.cached < tensor.blocks]
-    if not (limits.in_place and parts and _few(_apart(tensors), len(tensors))):
+    if not (parts and _few_apart(tensors, limits)):
         return None
     least = min(parts, key=lambda tensor: tensor.cached / tensor.blocks)
     completed = (least.blocks - least.cached) * least.block_bytes <= room
@@ -327,8 +328,8 @@ def _promote(
         tensor = cycle.tensors[found]
         wanted = min(room // tensor.block_bytes, tensor.blocks - tensor.cached)
         old = tensor.written - tensor.cached_written
-        few = limits.in_place and _few(_apart(cycle.tensors), len(cycle.tensors))
-        if not wanted or (few and not _completes(tensor, wanted, old, facts)):
+        completes = _completes(tensor, wanted, old, facts)
+        if not wanted or (not completes and _few_apart(cycle.tensors, limits)):
             break
         copies = min(wanted, old, max(allowed // tensor.block_bytes, int(pays and not cycle.moves)))
         blocks = wanted if copies == old else copies

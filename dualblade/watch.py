@@ -71,9 +71,10 @@ class MemoryWatch:
     @property
     def cached(self) -> int | None:
         """Bytes of our files in the page cache at the last look; None where no more looks are taken."""
-        if self.latest is None or self._thread is None or not self._thread.is_alive():
+        thread, latest = self._thread, self.latest  # once: the meter's thread asks while stop() is called
+        if thread is None or latest is None or not thread.is_alive():
             return None
-        return self.latest[1].pages.cached
+        return latest[1].pages.cached
 
     def _run(self) -> None:
         number, spent = 0, 0.0

@@ -229,7 +229,7 @@ class DualBlade(Subject):
     def facts(self) -> dict[str, Any]:
         report = self.cache.report()
         paths = {name: path["bytes"] for name, path in report["paths"].items()}
-        return {"paths": paths, "pipeline": report["pipeline"], "governor": report.get("governor")}
+        return {"paths": paths, "pipeline": report["pipeline"], "governor": report["governor"]}
 
     def close(self) -> None:
         self.cache.close()
