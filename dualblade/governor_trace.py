@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dualblade.cycle import Move, TensorState
 from dualblade.errors import ConfigError
-from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, TensorState, revise
+from dualblade.revision import Decision, Facts, GovernorState, Limits, revise
 from dualblade.tensors import PathKind, TensorKey
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from dualblade.cycle import Move, TensorState
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.governor import Footprint
 from dualblade.governor_trace import encode, move_record
@@ -18,7 +19,7 @@ from dualblade.kv_tensor import Tensor
 from dualblade.migration import Migrator
 from dualblade.paths.base import StoragePath
 from dualblade.planner import SegmentPlacer
-from dualblade.revision import Decision, Facts, GovernorState, Limits, Move, TensorState, revise
+from dualblade.revision import Decision, Facts, GovernorState, Limits, revise
 from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import MIB
 from dualblade.watch import Look, MemoryWatch

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from dualblade.cycle import Move
 from dualblade.errors import CapacityError, DualBladeError
 from dualblade.in_place import InPlace
 from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import chunk_bytes
 from dualblade.paths.base import Room, StoragePath, Ticket, WriteLimit
-from dualblade.revision import Move
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
 from spdk_glue import READ, WRITE, Piece, Region

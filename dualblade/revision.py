@@ -8,10 +8,10 @@ more of it only after it has lasted; between the two lies a band in which nothin
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dualblade.cycle import Cycle, Move, TensorState
 from dualblade.governor import Policy
 from dualblade.tensors import PathKind, Placement, TensorKey
 from dualblade.units import format_size
@@ -25,27 +25,6 @@ MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
 FEW_PART = 16  # so small a part comes from the drive sooner than attention is through the others
 FEWEST_STEPS_OF_FEW = 64  # so that a copy of it, which nothing waits for, seldom pays
-
-
-@dataclass(frozen=True, slots=True)
-class TensorState:
-    """Blocks of one tensor: `blocks` there is room for, `written` on the medium, `cached` in the page cache,
-    `cached_written` both, `stuck` of the cached ones without a room on the direct path. in_place: it is read
-    where it lies as long as all of it is cached."""
-
-    key: TensorKey
-    block_bytes: int
-    blocks: int
-    written: int
-    cached: int
-    cached_written: int
-    stuck: int = 0
-    in_place: bool = False
-
-    @property
-    def free(self) -> int:
-        """Cached blocks that hold nothing yet."""
-        return self.cached - self.cached_written
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +87,6 @@ class GovernorState:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """`blocks` more of a tensor go `to` a path, so that `cached` are in the page cache. bytes: of them, those
-    that must be copied are `copied`."""
-
-    key: TensorKey
-    to: PathKind
-    blocks: int
-    cached: int
-    bytes: int
-    copied: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Decision:
     """share: bytes that may be cached. more: the limits held moves back."""
 
@@ -165,7 +130,7 @@ def fill(
         for item in placements
         for cached in [item.bytes // blocks[item.key] if item.path is PathKind.PAGE_CACHE else 0]
     ]
-    cycle = _Cycle(states, policy)
+    cycle = Cycle(states, policy)
     room = share - sum(item.bytes for item in placements if item.path is PathKind.PAGE_CACHE)
     found = cycle.next_to_promote()
     part = room // cycle.tensors[found].block_bytes if found is not None else 0
@@ -298,12 +263,12 @@ def _demote(
 ) -> tuple[list[Move], bool]:
     """First the rooms of tokens to come, which costs nothing, and then what must be copied. One tensor after
     the other where a block that leaves ends reading in place."""
-    cycle = _Cycle(tensors, limits.policy)
+    cycle = Cycle(tensors, limits.policy)
     while excess > 0 and (found := cycle.next_to_demote(free=True)) is not None:
         tensor = cycle.tensors[found]
         wanted = min(-(-excess // tensor.block_bytes), tensor.free, tensor.cached - tensor.stuck)
         excess -= cycle.take(found, PathKind.DIRECT, wanted, 0, reason)
-    cycle, moves, allowed = _Cycle(cycle.tensors, limits.policy), cycle.moves, limits.demote
+    cycle, moves, allowed = Cycle(cycle.tensors, limits.policy), cycle.moves, limits.demote
     while excess > 0 and (found := cycle.next_to_demote()) is not None:
         tensor = cycle.tensors[found]
         wanted = min(-(-excess // tensor.block_bytes), tensor.cached - tensor.stuck)
@@ -323,7 +288,7 @@ def _promote(
     pays = _pays(facts)
     if all(tensor.block_bytes > room or tensor.cached >= tensor.blocks for tensor in tensors):
         return [], False
-    cycle, allowed = _Cycle(tensors, limits.policy), limits.promote if pays else 0
+    cycle, allowed = Cycle(tensors, limits.policy), limits.promote if pays else 0
     while (found := cycle.next_to_promote()) is not None:
         tensor = cycle.tensors[found]
         wanted = min(room // tensor.block_bytes, tensor.blocks - tensor.cached)
@@ -344,66 +309,3 @@ def _completes(tensor: TensorState, wanted: int, old: int, facts: Facts) -> bool
     """Where nearly all are cached, no tensor is left in part, and none begun whose copy does not pay."""
     whole = wanted == tensor.blocks - tensor.cached
     return whole and (tensor.cached > 0 or not old or _pays(facts, FEWEST_STEPS_OF_FEW))
-
-
-class _Cycle:
-    """The tensors in the order of decoding as moves change them; each is moved once. One that lies on both
-    paths already is the next to move, so that whole tensors come to lie on one."""
-
-    def __init__(self, tensors: Sequence[TensorState], policy: str):
-        self.tensors = list(tensors)
-        self.moves: list[Move] = []
-        self._spread = policy == Policy.SPREAD
-        self._moved: set[int] = set()
-        self._cached = [index for index, tensor in enumerate(tensors) if tensor.cached]
-
-    def take(self, index: int, to: PathKind, blocks: int, copies: int, reason: str) -> int:
-        """Move blocks of a tensor, the last ones out of the page cache or the first ones into it: bytes."""
-        tensor = self.tensors[index]
-        before, size = tensor.cached, tensor.block_bytes
-        cached = before + (blocks if to is PathKind.PAGE_CACHE else -blocks)
-        written = tensor.cached_written + (copies if to is PathKind.PAGE_CACHE else -copies)
-        self.tensors[index] = replace(tensor, cached=cached, cached_written=written)
-        self.moves.append(Move(tensor.key, to, blocks, cached, blocks * size, copies * size, reason))
-        self._moved.add(index)
-        self._note(index, before, cached)
-        return blocks * size
-
-    def _note(self, index: int, before: int, cached: int) -> None:
-        if cached and not before:
-            insort(self._cached, index)
-        elif before and not cached:
-            self._cached.remove(index)
-
-    def next_to_demote(self, free: bool = False) -> int | None:
-        """Of several the one with the fewest cached blocks, or whose cached neighbours are nearest.
-        free: of those with rooms that nothing was written to."""
-        able = [
-            i
-            for i, tensor in enumerate(self.tensors)
-            if tensor.cached > tensor.stuck
-            and (not free or (tensor.free and not (tensor.in_place and tensor.cached == tensor.blocks)))
-        ]
-        return min(self._left(able), key=lambda i: (self._part(i), sum(self._gaps(i)), -i), default=None)
-
-    def next_to_promote(self) -> int | None:
-        """Of several the one with the most cached blocks, or that is furthest from any cached one."""
-        able = [i for i, tensor in enumerate(self.tensors) if tensor.cached < tensor.blocks]
-        return min(self._left(able), key=lambda i: (-self._part(i), -min(self._gaps(i)), i), default=None)
-
-    def _left(self, able: Iterable[int]) -> Iterator[int]:
-        return (index for index in able if index not in self._moved)
-
-    def _part(self, index: int) -> float:
-        """Of its blocks, those that are cached."""
-        return self.tensors[index].cached / self.tensors[index].blocks
-
-    def _gaps(self, index: int) -> tuple[int, int]:
-        """Steps round the cycle to the nearest other cached tensor before and behind this one; all the way
-        where there is none, and where the policy does not ask."""
-        total = len(self.tensors)
-        if not self._spread or not self._cached:
-            return total, total
-        before = self._cached[bisect_left(self._cached, index) - 1]
-        beyond = self._cached[bisect_left(self._cached, index + 1) % len(self._cached)]
-        return (index - before) % total or total, (beyond - index) % total or total

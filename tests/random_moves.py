@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
+from dualblade.cycle import Move
 from dualblade.migration import Migrator
-from dualblade.revision import Move
 from dualblade.store import KVStore
 from dualblade.tensors import PathKind, TensorKey
 from spdk_glue import Region

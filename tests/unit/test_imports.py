@@ -19,6 +19,7 @@ FILES = sorted(
 )
 PURE = (
     "governor.py",
+    "cycle.py",
     "revision.py",
     "governor_trace.py",
     "layout.py",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dualblade.cycle import Move, TensorState
 from dualblade.errors import ConfigError
 from dualblade.governor import place
 from dualblade.governor_trace import encode, replay
@@ -20,8 +21,6 @@ from dualblade.revision import (
     Facts,
     GovernorState,
     Limits,
-    Move,
-    TensorState,
     fill,
     revise,
 )
