@@ -105,7 +105,7 @@ def _row(
 
 
 def _speed(run: Run) -> dict[str, float | None]:
-    """While reads were under way, also as a part of the limit just before the run. None where nothing was
+    """While reads were under way, also as a part of the limit around the run. None where nothing was
     read."""
     read, busy = run["read_bytes_per_token"], run["read_busy_s_per_token"]
     if not read or not busy:
@@ -118,7 +118,7 @@ def _bounds(
     kv_bytes: int, uncached: int, runs: Sequence[Run], computes: Sequence[Run], common: Mapping[str, Any]
 ) -> dict[str, Any]:
     """No system that is exact can be faster: it computes, and reads what the budget cannot hold. Ratios are
-    to the compute of the same round and the drive's limit just before the run, their median."""
+    to the compute of the same round and the drive's limit around the run, their median."""
     compute, limit = common["compute_s_per_token"], common["ssd_limit_gib_s"]
     overall = _bound(uncached, compute, limit)
     shared = _shared_bound(uncached, compute, limit, common["ssd_limit_computing_gib_s"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from dualblade.extents import Extent
 from dualblade.superblock import capacity_for
@@ -59,6 +60,11 @@ def prepared_target(
         yield str(path)
     finally:
         path.unlink(missing_ok=True)
+
+
+def mean_limit(*limits: DriveLimit) -> DriveLimit:
+    """Of several measurements."""
+    return DriveLimit(fmean(each.read for each in limits), fmean(each.write for each in limits))
 
 
 def measure_limit(folder: Path, nvme: str, nbytes: int) -> DriveLimit:

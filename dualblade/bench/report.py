@@ -197,10 +197,11 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"part of the KV bytes that the first column tells: {_budgets(record)}. It is the same for every "
         "baseline.",
         "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
-        "cannot hold. x bound: to the compute of the same round and the limit just before the run.",
+        "cannot hold. x bound: to the compute of the same round and the mean of the limits just before and "
+        "just after the run.",
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
-        "of SSD: bytes read a second while reads were under way, as a part of the drive's limit just before "
-        "the run.",
+        "of SSD: bytes read a second while reads were under way, as a part of the drive's limit, the same "
+        "mean.",
         "x shared: to a bound that knows that attention and the drive's data share the memory's bandwidth. "
         "While it computes, the drive reads as it does beside compute (with every CPU attending to KV in "
         "memory, measured), and what is left then at its limit.",

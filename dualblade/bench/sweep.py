@@ -21,7 +21,7 @@ from dualblade import __version__
 from dualblade.bench.baselines import BASELINES, COMPUTE
 from dualblade.bench.change import COMPARED, LEAST_TOKENS, Change, lowered_bytes, phases, summarise_changes
 from dualblade.bench.figures import summarise
-from dualblade.bench.ground import DriveLimit, measure_limit, prepared_target
+from dualblade.bench.ground import DriveLimit, mean_limit, measure_limit, prepared_target
 from dualblade.bench.launch import ChildFailed, OnToken, no_one, run_child
 from dualblade.bench.limit import make_limit
 from dualblade.bench.trial import Trial
@@ -148,15 +148,16 @@ class Sweep:
 
     def _one(self, into: list[dict[str, Any]], number: int, name: str, budget: Budget, nvme: str) -> None:
         where = {"round": number, "baseline": name, "fraction": budget.fraction, "budget_bytes": budget.bytes}
-        limit = self._limit(nvme)
-        where |= {"limit_read_gib_s": limit.read, "limit_write_gib_s": limit.write}
+        before = self._limit(nvme)
         try:
             made = self._trial(name, budget, nvme, change=into is self.changes)
         except ChildFailed as failure:
             self.say(f"  {name} failed: {failure.message}")
             self.failures.append(where | {"reason": failure.message})
             return
-        into.append(where | made)
+        limit = mean_limit(before, self._limit(nvme))  # a drive that others share changes meanwhile
+        limits = {"limit_read_gib_s": limit.read, "limit_write_gib_s": limit.write}
+        into.append(where | limits | made)
         self.say(
             f"  {budget.fraction:.2f} of the KV, {name}: prefill {made['prefill_s']:.2f} s, "
             f"{made['decode_s_per_token']:.3f} s a token"

@@ -270,7 +270,8 @@ int glue_cached_pages(int fd, glue_cached *out);
 /* Give back a range of the file, its pages and its blocks: it reads as zeros. 0 or -errno. */
 int glue_punch(int fd, uint64_t offset, uint64_t bytes);
 /* Of memory that maps a file: make `runs` ranges present, each `bytes` long, `stride` apart. Returns the bytes
- * that were not, or -errno: -EIO where the file cannot be read, and a touch would raise SIGBUS. */
+ * that were not, or -errno: -EIO where the file cannot be read, and a touch would raise SIGBUS. Of ranges at
+ * most 64 KiB apart, what lies between them counts, too. */
 int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);
 /* The same, without waiting for it. */
 int64_t glue_read_ahead(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);
