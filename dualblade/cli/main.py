@@ -10,9 +10,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 
 import click
 
@@ -85,8 +87,29 @@ def cli(ctx: click.Context, debug: bool) -> None:
         ctx.exit(2)
 
 
+class Told(KeyboardInterrupt):
+    """By a signal, to end: as Ctrl-C does, with everything put away."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def _told(number: int, frame: FrameType | None) -> None:
+    raise Told(number)
+
+
+def _heed_signals() -> None:
+    """Those that would end the process on the spot, its files and cgroups left behind."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _told)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """The console entry: runs the command and returns the exit code."""
+    if args is None:
+        _heed_signals()
     words = list(sys.argv[1:] if args is None else args)
     debug, words = _take_debug(words)
     try:
@@ -96,9 +119,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except click.ClickException as error:
         return _usage(error, words)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as end:
         click.echo("interrupted", err=True)
-        return 130
+        return end.exit_code if isinstance(end, Told) else 128 + signal.SIGINT
     except BrokenPipeError:
         _forget_stdout()
         return 1

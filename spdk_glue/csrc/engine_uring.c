@@ -40,16 +40,20 @@ static void prepare_transfer(struct uring_engine *engine, struct io_uring_sqe *s
     const struct iovec *iov = &command->iov[command->first];
     int fd = (int)command->file;
     int read = command->op == GLUE_READ;
-    int slot = command->niov == 1 ? ring_buffer_of(&engine->ring, iov) : -1;
+    int slot = ring_buffer_of(&engine->ring, iov, command->niov);
     unsigned bytes = (unsigned)iov->iov_len;
-    if (slot >= 0 && read)
+    if (slot >= 0 && command->niov == 1 && read)
         io_uring_prep_read_fixed(sqe, fd, iov->iov_base, bytes, command->offset, slot);
-    else if (slot >= 0)
+    else if (slot >= 0 && command->niov == 1)
         io_uring_prep_write_fixed(sqe, fd, iov->iov_base, bytes, command->offset, slot);
     else if (read)
         io_uring_prep_readv(sqe, fd, iov, command->niov, command->offset);
     else
         io_uring_prep_writev(sqe, fd, iov, command->niov, command->offset);
+    if (slot >= 0 && command->niov > 1) {
+        sqe->opcode = read ? OP_READV_FIXED : OP_WRITEV_FIXED;
+        sqe->buf_index = (uint16_t)slot;
+    }
 }
 
 static int uring_submit(void *self, struct command *command)

@@ -36,7 +36,7 @@ static void prepare_transfer(struct uring_cmd_engine *engine, struct io_uring_sq
 {
     const struct iovec *iov = &command->iov[command->first];
     uint64_t lba = command->offset / engine->medium.lba_bytes;
-    int slot = command->niov == 1 && engine->ring.can_register ? ring_buffer_of(&engine->ring, iov) : -1;
+    int slot = command->niov == 1 && engine->ring.can_register ? ring_buffer_of(&engine->ring, iov, 1) : -1;
     nvme->opcode = command->op == GLUE_READ ? READ : WRITE;
     nvme->cdw10 = (uint32_t)lba;
     nvme->cdw11 = (uint32_t)(lba >> 32);

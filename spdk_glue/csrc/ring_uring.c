@@ -21,17 +21,18 @@ static int init(struct io_uring *uring, unsigned entries, unsigned flags)
 }
 
 /* Linux 5.1 to 5.5 open a ring and cannot read an eventfd through it. */
-static int check(struct io_uring *uring, int opcode)
+static int check(struct ring *ring, int opcode)
 {
-    struct io_uring_probe *probe = io_uring_get_probe_ring(uring);
+    struct io_uring_probe *probe = io_uring_get_probe_ring(&ring->uring);
     int able = probe && io_uring_opcode_supported(probe, IORING_OP_READ) && io_uring_opcode_supported(probe, opcode);
+    ring->can_scatter = probe && io_uring_opcode_supported(probe, OP_WRITEV_FIXED);
     io_uring_free_probe(probe);
     return able ? 0 : -ENOSYS;
 }
 
 static int fill(struct ring *ring, int opcode, const glue_options *options)
 {
-    int error = check(&ring->uring, opcode);
+    int error = check(ring, opcode);
     if (!error)
         error = io_uring_register_files(&ring->uring, options->fds, options->num_files);
     if (!error)
@@ -120,13 +121,22 @@ void ring_finish(void *self)
 
 /* memory ------------------------------------------------------------------------------------- */
 
-int ring_buffer_of(const struct ring *ring, const struct iovec *segment)
+static int holds(const struct buffer *buffer, const struct iovec *segment)
 {
     uint64_t address = (uint64_t)(uintptr_t)segment->iov_base;
+    return buffer->bytes && address >= buffer->address &&
+           address + segment->iov_len <= buffer->address + buffer->bytes;
+}
+
+int ring_buffer_of(const struct ring *ring, const struct iovec *segments, unsigned count)
+{
+    if (count > 1 && !ring->can_scatter)
+        return -1;
     for (int i = 0; i < BUFFER_SLOTS; i++) {
-        const struct buffer *buffer = &ring->buffers[i];
-        if (buffer->bytes && address >= buffer->address &&
-            address + segment->iov_len <= buffer->address + buffer->bytes)
+        unsigned held = 0;
+        while (held < count && holds(&ring->buffers[i], &segments[held]))
+            held++;
+        if (held == count)
             return i;
     }
     return -1;

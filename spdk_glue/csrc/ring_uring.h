@@ -8,6 +8,9 @@
 #include "engine.h"
 
 enum { BUFFER_SLOTS = 64 };
+/* Linux 6.15: several runs of one registered buffer, which liburing 2.3 has no names for. Half the CPU a byte of
+ * IORING_OP_READV, which looks every page up. */
+enum { OP_READV_FIXED = 60, OP_WRITEV_FIXED = 61 };
 
 struct buffer {
     uint64_t address, bytes; /* bytes 0: a free slot */
@@ -17,7 +20,7 @@ struct ring {
     struct io_uring uring;
     int wake_fd, wake_armed;
     uint64_t wake_count;
-    int can_register;
+    int can_register, can_scatter; /* of a registered buffer: one run, several of them */
     struct buffer buffers[BUFFER_SLOTS];
 };
 
@@ -26,8 +29,8 @@ struct ring {
 int ring_open(struct ring *ring, unsigned flags, int opcode, const glue_options *options);
 /* After ring_open(), which it undoes. */
 void ring_close(struct ring *ring);
-/* Slot of the registered buffer that holds all of the segment, or -1. */
-int ring_buffer_of(const struct ring *ring, const struct iovec *segment);
+/* Slot of the registered buffer that holds all segments; -1: there is none, or the kernel takes no several. */
+int ring_buffer_of(const struct ring *ring, const struct iovec *segments, unsigned count);
 
 /* Calls of struct engine_ops, of any engine that begins with a struct ring. */
 /* A completion's result is as the kernel gave it. */

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +171,34 @@ def test_a_run_that_fails_is_told_and_the_rest_goes_on(
 
 
 # children -----------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_a_sweep_that_is_told_to_end_leaves_nothing(direct_dir: Path) -> None:
+    """In the midst of a run, of its process and of the target that was written for all of them."""
+    code = "import sys; from dualblade.cli.main import main; sys.exit(main())"
+    words = ["--cache-dir", str(direct_dir), "--budgets", "1", "--baselines", "dual", "--rounds", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "bench", "sweep", *SMALL, *words], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        while "round 1 of 1" not in (line := process.stderr.readline()):
+            assert line, "it ended by itself"
+        while not (running := children(process.pid)):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.splitlines()[-1] == "interrupted"
+    assert list(direct_dir.iterdir()) == []
+    deadline = time.monotonic() + 30  # one that was just started ends by itself
+    while any(Path(f"/proc/{child}").exists() for child in running):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def trial_in(folder: Path, **more: Any) -> Trial:

@@ -180,21 +180,36 @@ def test_a_reader_that_went_away_is_no_error() -> None:
     assert done.stderr == b""
 
 
-def test_ctrl_c_ends_a_real_process_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_real_process_with_one_line(number: signal.Signals) -> None:
     code = (
         "import sys, time, dualblade.cli.doctor as d\n"
         "from dualblade.cli.main import main\n"
         "d.doctor.callback = lambda **_: (print('ready', flush=True), time.sleep(60))\n"
-        "sys.exit(main(['doctor']))"
+        "sys.exit(main())"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, "interrupted\n")
+    assert (process.returncode, err) == (128 + number, "interrupted\n")
+
+
+def test_a_hangup_that_nohup_keeps_away_ends_nothing() -> None:
+    code = (
+        "import os, signal, sys, dualblade.cli.doctor as d\n"
+        "from dualblade.cli.main import main\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "d.doctor.callback = lambda **_: (os.kill(os.getpid(), signal.SIGHUP), print('went on'))\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 
 # output.py ---------------------------------------------------------------------------------------
