@@ -50,6 +50,8 @@ class KVStore(StoreParts):
     def _enter_layer(self, layer: int, tokens: int) -> None:
         """Let the last layer's slots go, and start what this layer and the next ones need."""
         if layer == self._layer and self._fits(layer, tokens):
+            if self._short:  # a prompt's writes have given slots back since, and its last layer takes long
+                self.prefetch(layer)
             return
         self._leave_layer()
         self._prefault_staged()
@@ -145,6 +147,7 @@ class KVStore(StoreParts):
         however few tensors it has."""
         depth = self.scheduler.depth
         left = 2 * depth + sum(self.tensors[key].mapped is not None for key in self._keys(layer))
+        self._short = False
         if not depth:
             return
         for distance, ahead in enumerate(self._layers_after(layer), 1):
@@ -158,6 +161,7 @@ class KVStore(StoreParts):
                     continue
                 left -= 1
                 if key not in self._fetched and not self._fetch_ahead(key):
+                    self._short = True
                     return
 
     def _layers_after(self, layer: int) -> list[int]:

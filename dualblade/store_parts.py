@@ -102,6 +102,7 @@ class StoreParts:
         self._entered_at = 0.0
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
+        self._short = False  # of slots, when the next layers were fetched
         self._staged: dict[TensorKey, Tensor] = {}  # whose first rows were written from a slot
         in_place = self.reads_in_place and device.reads_in_place
         self.in_place = InPlace(device, paths, in_place and not checksum)

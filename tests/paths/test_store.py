@@ -340,3 +340,21 @@ def test_what_attention_holds_is_not_fetched_beside_it() -> None:
         checked.flip(held)
         checked.load(K0)
         checked.load(held)
+
+
+def test_slots_that_come_back_are_used_by_the_layer_in_use() -> None:
+    """A prompt's writes hold them, and its last layer takes long: the first token would wait for its reads."""
+    shape = Shape(layers=3, batch=2, depth=1, tokens=256, capacity=256)
+    with mem_store(shape, placed=True) as checked:
+        checked.step(200)
+        store = checked.store
+        store.flush()
+        held = [store.pool.lease("a write", wait=False) for _ in range(2)]
+        checked.load(TensorKey(2, "K"))
+        assert not store._fetched
+        for slot in held:
+            assert slot
+            store.pool.give_back(slot)
+        checked.load(TensorKey(2, "V"))
+        assert set(store._fetched) == {K0, V0}
+        checked.step(1)
