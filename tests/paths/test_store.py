@@ -343,7 +343,7 @@ def test_what_attention_holds_is_not_fetched_beside_it() -> None:
 
 
 def test_slots_that_come_back_are_used_by_the_layer_in_use() -> None:
-    """A prompt's writes hold them, and its last layer takes long: the first token would wait for its reads."""
+    """A prompt's writes hold them, and its last layer takes long: the first token would wait for reads."""
     shape = Shape(layers=3, batch=2, depth=1, tokens=256, capacity=256)
     with mem_store(shape, placed=True) as checked:
         checked.step(200)
