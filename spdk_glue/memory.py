@@ -110,7 +110,8 @@ class FileRegion:
 
     def populate(self, nbytes: int, stride: int, runs: int) -> int:
         """Read in what is missing of `runs` ranges, each `nbytes` long, `stride` apart: how many bytes that
-        were, those between ranges that are at most 64 KiB apart among them. Afterwards no touch of them waits for the drive, or fails. Raises GlueError (EIO)."""
+        were, with what lies between ranges that are at most 64 KiB apart. Afterwards no touch of them waits
+        for the drive, or fails. Raises GlueError (EIO)."""
         missing = lib.glue_populate(self.address, nbytes, stride, runs)
         return int(check(missing, "read mapped memory in"))
 
