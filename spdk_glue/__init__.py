@@ -15,16 +15,8 @@ from spdk_glue.files import CachedPages, FileFacts, cached_bytes, cached_pages, 
 from spdk_glue.memory import PAGE, FileRegion, Region, on_lost_page
 from spdk_glue.opening import MemOptions, NvmeOptions, QueueOptions
 from spdk_glue.pieces import Piece, plain
-from spdk_glue.queue import (
-    FLUSH,
-    READ,
-    TRIM,
-    WRITE,
-    Medium,
-    Queue,
-    QueueStats,
-    engines,
-)
+from spdk_glue.queue import FLUSH, READ, TRIM, WRITE, Queue, engines
+from spdk_glue.readings import Medium, QueueStats
 
 __all__ = [
     "FLUSH", "PAGE", "READ", "TO_DEVICE", "TO_HOST", "TRIM", "WRITE", "CachedPages", "Completion", "Copier",

@@ -7,7 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from spdk_glue._ffi import ffi, lib
@@ -33,6 +33,7 @@ from spdk_glue.opening import (
     why_no_controller,
 )
 from spdk_glue.pieces import Piece, plain
+from spdk_glue.readings import Medium, QueueStats, read_medium, read_stats
 
 READ, WRITE, TRIM, FLUSH = 0, 1, 2, 3
 FileEngine = Literal["auto", "uring", "posix"]
@@ -41,42 +42,7 @@ _REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
 _FAULTS = {"error": 0, "torn": 1, "hang": 2}
 _BATCH = 64
 _NVME_ENGINES = ("spdk", "uring_cmd")
-_MEDIUM_TEXTS = ("transport", "serial", "model", "firmware", "uuid")
 _SLICE_S = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class QueueStats:
-    """busy_s: seconds with a command in flight; read_busy_s, write_busy_s: with one of that kind."""
-
-    commands: int
-    read_bytes: int
-    write_bytes: int
-    busy_s: float
-    read_busy_s: float
-    write_busy_s: float
-    max_in_flight: int
-    registered_bytes: int
-    cpu_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Medium:
-    """What an NVMe namespace says of itself. volatile_cache: writes are durable only after a flush.
-    recoveries: times its connection or controller was brought back."""
-
-    nbytes: int
-    lba_bytes: int
-    max_command_bytes: int
-    volatile_cache: bool
-    can_trim: bool
-    any_memory: bool
-    recoveries: int
-    transport: str
-    serial: str
-    model: str
-    firmware: str
-    uuid: str
 
 
 class _Close:
@@ -332,25 +298,11 @@ class Queue:
         check(lib.glue_queue_fault(self._open(), c_fault), "script a fault")
 
     def stats(self) -> QueueStats:
-        c_stats = ffi.new("glue_stats *")
-        lib.glue_queue_stats(self._open(), c_stats)
-        return QueueStats(
-            c_stats.commands, c_stats.read_bytes, c_stats.write_bytes, c_stats.busy_ns / 1e9,
-            c_stats.read_busy_ns / 1e9, c_stats.write_busy_ns / 1e9, c_stats.max_in_flight,
-            c_stats.registered << 20, c_stats.cpu_ns / 1e9,
-        )  # fmt: skip
+        return read_stats(self._open())
 
     def medium(self) -> Medium | None:
         """None where the engine speaks no NVMe."""
-        if self.engine not in _NVME_ENGINES:
-            return None
-        c_medium = ffi.new("glue_medium *")
-        check(lib.glue_queue_medium(self._open(), c_medium), "ask the controller")
-        texts = [ffi.string(getattr(c_medium, name)).decode(errors="replace") for name in _MEDIUM_TEXTS]
-        return Medium(
-            c_medium.bytes, c_medium.lba_bytes, c_medium.max_command_bytes, bool(c_medium.volatile_cache),
-            bool(c_medium.can_trim), bool(c_medium.any_memory), c_medium.recoveries, *texts,
-        )  # fmt: skip
+        return read_medium(self._open()) if self.engine in _NVME_ENGINES else None
 
     @property
     def needs_env_memory(self) -> bool:
