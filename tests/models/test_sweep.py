@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from dualblade.bench import trial as trials
 from dualblade.bench.baselines import BASELINES
+from dualblade.bench.ground import DriveLimit
 from dualblade.bench.launch import ChildFailed, OnToken, run_child
 from dualblade.bench.sweep import Sweep, SweepBench, rotated, why_not
 from dualblade.bench.trial import Trial, run_trial
@@ -123,6 +125,23 @@ def test_no_space(
     assert sweep(tmp_path, "--budgets", "0.5") == 1
     assert "error: no room for" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_the_drive_is_measured_before_and_after_each_run(
+    direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drive that gets faster with every measurement."""
+    limits = (DriveLimit(read=number, write=2 * number) for number in count(1.0))
+    monkeypatch.setattr("dualblade.bench.sweep.measure_limit", lambda *_: next(limits))
+    words = ["--budgets", "0.5", "--baselines", "flexgen,dual", "--rounds", "1", "--json"]
+    assert sweep(direct_dir, *words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [run["limit_read_gib_s"] for run in record["runs"]] == [2.5, 4.5], "1 was beside compute"
+    assert [run["limit_write_gib_s"] for run in record["runs"]] == [5.0, 9.0]
+    for row in record["rows"]:
+        limit = {"flexgen": 2.5, "dual": 4.5}[row["baseline"]]
+        assert row["ssd_utilisation"] == pytest.approx(row["read_gib_s"] / limit)
 
 
 @pytest.mark.needs("uring", "o_direct")
