@@ -44,14 +44,14 @@ class KVStore(StoreParts):
             self._enter_layer(key.layer, tensor.tokens + extra)
             slot = self._in_use[key]
             self._await(tensor, slot)
+            if self._short:  # its writes may have given slots back meanwhile, and attention takes long
+                self.prefetch(key.layer)
             self._restore_tail(tensor, slot)
         return slot
 
     def _enter_layer(self, layer: int, tokens: int) -> None:
         """Let the last layer's slots go, and start what this layer and the next ones need."""
         if layer == self._layer and self._fits(layer, tokens):
-            if self._short:  # a prompt's writes have given slots back since, and its last layer takes long
-                self.prefetch(layer)
             return
         self._leave_layer()
         self._prefault_staged()

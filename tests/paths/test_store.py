@@ -15,6 +15,7 @@ from stores import Checked, MemPath, Shape, change_pace, make_store
 
 from dualblade import store_parts
 from dualblade.errors import ConfigError
+from dualblade.kv_tensor import Tensor
 from dualblade.paths.base import StoragePath
 from dualblade.paths.direct import DirectPath
 from dualblade.paths.pagecache import PageCachePath
@@ -356,5 +357,27 @@ def test_slots_that_come_back_are_used_by_the_layer_in_use() -> None:
             assert slot
             store.pool.give_back(slot)
         checked.load(TensorKey(2, "V"))
+        assert set(store._fetched) == {K0, V0}
+        checked.step(1)
+
+
+def test_slots_that_come_back_while_a_read_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few tokens a block is written from each slot, which is not free before that has ended. Reads that
+    found none begin before attention does, or the drive would idle meanwhile."""
+    shape = Shape(layers=3, batch=2, depth=1, tokens=256, capacity=256)
+    with mem_store(shape, placed=True) as checked:
+        checked.step(200)
+        store = checked.store
+        store.flush()
+        held = [store.pool.lease("a write", wait=False) for _ in range(2)]
+        wait = store._await
+
+        def meanwhile(tensor: Tensor, slot: Slot) -> None:
+            wait(tensor, slot)
+            while held and (back := held.pop()):
+                store.pool.give_back(back)
+
+        monkeypatch.setattr(store, "_await", meanwhile)
+        checked.load(TensorKey(2, "K"))
         assert set(store._fetched) == {K0, V0}
         checked.step(1)
