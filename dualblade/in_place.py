@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 from dualblade.kv_tensor import Mapped, Segment, Tensor
@@ -47,6 +48,21 @@ class InPlace:
         maps = self._used and room.path is CACHE and self._paths[CACHE].maps
         return tensor.segment(first, blocks, room, blocks if whole and maps else None)
 
+    def place_part(self, tensor: Tensor, blocks: int) -> bool:
+        """The first blocks of a tensor that is cached in part go to a room for all of it, head-major: when
+        the rest has come it can be read in place. False where it could not be. Raises CapacityError."""
+        path, whole = self._paths[CACHE], tensor.whole_blocks
+        if not (self._used and path.maps and not tensor.segments and 0 < blocks < whole):
+            return False
+        room = path.reserve([(tensor.spec.key, whole * tensor.layout.block_bytes)])[0]
+        home = tensor.segment(0, whole, room, whole)
+        part = replace(home, blocks=blocks)
+        for used in part.rooms(tensor.layout):
+            path.back(used)
+        tensor.segments = [part]
+        tensor.add_home(home)
+        return True
+
     def map(self, tensor: Tensor) -> None:
         """Read it in place from now on, if all of it lies in one head-major room. Raises CapacityError."""
         if tensor.mapped or len(tensor.segments) != 1:
@@ -56,9 +72,9 @@ class InPlace:
         head_major = (
             segment.group == segment.blocks == blocks and segment.room_blocks(tensor.layout) == blocks
         )
-        if not (self._used and path.maps and head_major):
-            return
         capacity = blocks * tensor.layout.block_tokens
+        if not (self._used and path.maps and head_major) or tensor.tokens > capacity:
+            return  # beyond what was foreseen an unfinished block has no room yet
         region = path.map(segment.room)
         slot = Slot(region.address, 0)
         slot.owner = spec.key

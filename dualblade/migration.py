@@ -87,7 +87,9 @@ class Migrator:
         bare = [(tensor, home) for tensor in tensors for home in _without_twin(tensor)] if path else []
         while bare and path is not None:
             try:
-                rooms = path.allocate([(tensor.spec.key, home.room.nbytes) for tensor, home in bare])
+                rooms = path.allocate(
+                    [(tensor.spec.key, home.blocks * tensor.layout.block_bytes) for tensor, home in bare]
+                )
             except CapacityError:
                 bare = bare[: len(bare) // 2]
                 continue
@@ -323,9 +325,14 @@ def _rooms(tensor: Tensor, first: int, end: int) -> list[Room]:
 
 
 def _without_twin(tensor: Tensor) -> list[Segment]:
-    """Homes in the page cache whose blocks have none on the direct path."""
-    homes = tensor.homes.get(CACHE, ())
-    return [home for home in homes if not tensor.parts(DIRECT, home.first, home.end)]
+    """What of the homes in the page cache has none on the direct path."""
+    bare = []
+    for home in tensor.homes.get(CACHE, ()):
+        ends = [(part.first, part.end) for part in tensor.parts(DIRECT, home.first, home.end)]
+        begins = [home.first, *(end for _, end in ends)]
+        stops = [*(first for first, _ in ends), home.end]
+        bare += [part for first, end in zip(begins, stops, strict=True) if (part := home.part(first, end))]
+    return bare
 
 
 def _is_empty(tensor: Tensor, home: Segment) -> bool:

@@ -139,9 +139,8 @@ class StoreParts:
         """Take the room that the governor decided on, before the first token. Raises CapacityError."""
         kinds = [kind for kind in PathKind if kind in self.paths]  # what is cached of a tensor comes first
         for kind in kinds:
-            path = self.paths[kind]
-            chosen = [placement for placement in placements if placement.path is kind]
-            rooms = path.allocate([(placement.key, placement.bytes) for placement in chosen])
+            chosen = [each for each in placements if each.path is kind and not self._placed_in_part(each)]
+            rooms = self.paths[kind].allocate([(placement.key, placement.bytes) for placement in chosen])
             for room in rooms:
                 tensor = self.tensors[room.key]
                 blocks = room.nbytes // tensor.layout.block_bytes
@@ -149,6 +148,12 @@ class StoreParts:
         for tensor in self.tensors.values():
             self.in_place.map(tensor)
         self.placements += placements
+
+    def _placed_in_part(self, placement: Placement) -> bool:
+        """Placed here already, as the part of a tensor that the page cache holds."""
+        tensor = self.tensors[placement.key]
+        blocks = placement.bytes // tensor.layout.block_bytes
+        return placement.path is PathKind.PAGE_CACHE and self.in_place.place_part(tensor, blocks)
 
     # rooms ----------------------------------------------------------------------------------
 
