@@ -134,13 +134,13 @@ def test_the_drive_is_measured_before_and_after_each_run(
     """A drive that gets faster with every measurement."""
     limits = (DriveLimit(read=number, write=2 * number) for number in count(1.0))
     monkeypatch.setattr("dualblade.bench.sweep.measure_limit", lambda *_: next(limits))
-    words = ["--budgets", "0.5", "--baselines", "flexgen,dual", "--rounds", "1", "--json"]
+    words = ["--budgets", "0.5", "--baselines", "direct-qd1,direct", "--rounds", "1", "--json"]
     assert sweep(direct_dir, *words) == 0
     record = json.loads(capsys.readouterr().out)
     assert [run["limit_read_gib_s"] for run in record["runs"]] == [2.5, 4.5], "1 was beside compute"
     assert [run["limit_write_gib_s"] for run in record["runs"]] == [5.0, 9.0]
     for row in record["rows"]:
-        limit = {"flexgen": 2.5, "dual": 4.5}[row["baseline"]]
+        limit = {"direct-qd1": 2.5, "direct": 4.5}[row["baseline"]]
         assert row["ssd_utilisation"] == pytest.approx(row["read_gib_s"] / limit)
 
 
