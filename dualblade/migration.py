@@ -328,10 +328,10 @@ def _without_twin(tensor: Tensor) -> list[Segment]:
     """What of the homes in the page cache has none on the direct path."""
     bare = []
     for home in tensor.homes.get(CACHE, ()):
-        ends = [(part.first, part.end) for part in tensor.parts(DIRECT, home.first, home.end)]
-        begins = [home.first, *(end for _, end in ends)]
-        stops = [*(first for first, _ in ends), home.end]
-        bare += [part for first, end in zip(begins, stops, strict=True) if (part := home.part(first, end))]
+        twins = tensor.parts(DIRECT, home.first, home.end)
+        edges = [home.first, *(edge for twin in twins for edge in (twin.first, twin.end)), home.end]
+        gaps = zip(edges[::2], edges[1::2], strict=True)
+        bare += [part for first, end in gaps if (part := home.part(first, end))]
     return bare
 
 

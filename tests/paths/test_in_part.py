@@ -16,17 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_moves import RandomMoves
 from stores import Checked, Shape, make_store
-from test_migration import finish, load_all, move
+from test_migration import finish, load_all, move, real_paths
 
 from dualblade.errors import CapacityError
-from dualblade.paths.base import StoragePath
-from dualblade.paths.direct import DirectPath
-from dualblade.targets import open_target, open_volume
 from dualblade.tensors import PathKind, Placement, TensorKey
-from dualblade.units import MIB
 
 CACHE, DIRECT = PathKind.PAGE_CACHE, PathKind.DIRECT
-K0, V0 = TensorKey(0, "K"), TensorKey(0, "V")
+K0 = TensorKey(0, "K")
 SHAPE = Shape(layers=2, batch=2, tokens=400, capacity=400, depth=1)
 pytestmark = pytest.mark.needs("o_direct", "uring")
 
@@ -34,11 +30,7 @@ pytestmark = pytest.mark.needs("o_direct", "uring")
 @contextmanager
 def placed(folder: Path, parts: Sequence[float], shape: Shape = SHAPE) -> Iterator[Checked]:
     """parts: of the blocks of each tensor, those that are cached."""
-    cache = WatchedPageCache(folder)
-    cache.watch()
-    target = open_target(None, capacity=64 * MIB, cache_dir=folder)
-    paths: dict[PathKind, StoragePath] = {CACHE: cache, DIRECT: DirectPath(target, open_volume(target))}
-    store = make_store(shape, paths)
+    store = make_store(shape, real_paths(folder))
     placements = []
     for tensor, part in zip(store.tensors.values(), parts, strict=True):
         size, cached = tensor.layout.block_bytes, int(part * tensor.whole_blocks)

@@ -130,13 +130,16 @@ def test_on_real_files(direct_dir: Path, seed: int) -> None:
     assert list(direct_dir.iterdir()) == []
 
 
-@contextmanager
-def real_store(folder: Path, shape: Shape) -> Iterator[Checked]:
+def real_paths(folder: Path) -> dict[PathKind, StoragePath]:
     cache = WatchedPageCache(folder)
     cache.watch()
     target = open_target(None, capacity=64 * MIB, cache_dir=folder)
-    paths: dict[PathKind, StoragePath] = {CACHE: cache, DIRECT: DirectPath(target, open_volume(target))}
-    with store_with(shape, paths) as checked:
+    return {CACHE: cache, DIRECT: DirectPath(target, open_volume(target))}
+
+
+@contextmanager
+def real_store(folder: Path, shape: Shape) -> Iterator[Checked]:
+    with store_with(shape, real_paths(folder)) as checked:
         yield checked
 
 

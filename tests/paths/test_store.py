@@ -343,14 +343,20 @@ def test_what_attention_holds_is_not_fetched_beside_it() -> None:
         checked.load(held)
 
 
-def test_slots_that_come_back_are_used_by_the_layer_in_use() -> None:
-    """A prompt's writes hold them, and its last layer takes long: the first token would wait for reads."""
+@contextmanager
+def short_of_slots() -> Iterator[tuple[Checked, list[Slot | None]]]:
+    """A store whose next layers find no slot, and those that a write holds."""
     shape = Shape(layers=3, batch=2, depth=1, tokens=256, capacity=256)
     with mem_store(shape, placed=True) as checked:
         checked.step(200)
+        checked.store.flush()
+        yield checked, [checked.store.pool.lease("a write", wait=False) for _ in range(2)]
+
+
+def test_slots_that_come_back_are_used_by_the_layer_in_use() -> None:
+    """A prompt's writes hold them, and its last layer takes long: the first token would wait for reads."""
+    with short_of_slots() as (checked, held):
         store = checked.store
-        store.flush()
-        held = [store.pool.lease("a write", wait=False) for _ in range(2)]
         checked.load(TensorKey(2, "K"))
         assert not store._fetched
         for slot in held:
@@ -364,12 +370,8 @@ def test_slots_that_come_back_are_used_by_the_layer_in_use() -> None:
 def test_slots_that_come_back_while_a_read_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every few tokens a block is written from each slot, which is not free before that has ended. Reads that
     found none begin before attention does, or the drive would idle meanwhile."""
-    shape = Shape(layers=3, batch=2, depth=1, tokens=256, capacity=256)
-    with mem_store(shape, placed=True) as checked:
-        checked.step(200)
+    with short_of_slots() as (checked, held):
         store = checked.store
-        store.flush()
-        held = [store.pool.lease("a write", wait=False) for _ in range(2)]
         wait = store._await
 
         def meanwhile(tensor: Tensor, slot: Slot) -> None:
