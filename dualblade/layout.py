@@ -22,7 +22,10 @@ PAGE = 4 * KIB
 # Measured on a virtual drive, 1 MiB commands at depth 32, as a share of contiguous memory:
 # runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06.
 BEST_RUN = 128 * KIB
-CHUNK = 4 * MIB  # moved between the paths in a few milliseconds, the most that a reader waits behind it
+# Moved between the paths in a few milliseconds, the most that a reader waits behind it. More where there is
+# much KV: its reading queues behind that of whole layers, so only few chunks move for a token.
+CHUNK, LARGEST_CHUNK = 4 * MIB, 16 * MIB
+CHUNK_PART = 128  # of the KV
 # Shorter blocks cost more commands and checksums than what their rest in memory is worth; and that, which
 # rounds a tensor up too, is at most such a part of the tensor.
 BEST_BLOCK = 16 * KIB
@@ -88,6 +91,7 @@ def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
     return Layout(spec.runs, spec.row_bytes, block, max(1, BEST_RUN // (block * spec.row_bytes)))
 
 
-def chunk_bytes(block_bytes: Iterable[int]) -> int:
-    """Memory that blocks change paths through: as many whole ones as CHUNK holds, one at least."""
-    return max((max(1, CHUNK // size) * size for size in block_bytes), default=0)
+def chunk_bytes(block_bytes: Iterable[int], total: int) -> int:
+    """Memory that blocks change paths through: whole ones, one at least. total: bytes of all KV."""
+    chunk = max(CHUNK, min(LARGEST_CHUNK, total // CHUNK_PART))
+    return max((max(1, chunk // size) * size for size in block_bytes), default=0)

@@ -65,7 +65,9 @@ class Migrator:
         self.tensors = tensors
         self.paths = paths
         self.wear = wear
-        nbytes = chunk_bytes(tensor.layout.block_bytes for tensor in tensors.values())
+        specs = [tensor.spec for tensor in tensors.values()]
+        total = sum(spec.tokens * spec.token_bytes for spec in specs)
+        nbytes = chunk_bytes((tensor.layout.block_bytes for tensor in tensors.values()), total)
         of_env = any(path.queue.needs_env_memory for path in paths.values())
         self.region = Region(max(1, nbytes), hugepages=False, of_env=of_env)
         self.refused: dict[PathKind, str] = {}

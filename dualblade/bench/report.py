@@ -194,8 +194,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     )
     lines = [
         f"A budget is what is in memory anyway ({format_size(need['base'])}: {base}) and on top of it the "
-        f"part of the KV bytes that the first column tells: {_budgets(record)}. It is the same for every "
-        "baseline.",
+        "part of the KV bytes that the first column tells, with a 32nd more for what the kernel takes beside "
+        f"cached pages: {_budgets(record)}. It is the same for every baseline.",
         "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
         "cannot hold. x bound: to the compute of the same round and the mean of the limits just before and "
         "just after the run.",

@@ -13,6 +13,7 @@ from dualblade import loading, models
 from dualblade.attention import implementation
 from dualblade.errors import ConfigError, UsageError
 from dualblade.layers import kept_bytes, kv_specs
+from dualblade.live import KERNEL_PART
 from dualblade.runner import Prompt, random_prompt
 from dualblade.tensors import TensorSpec
 from dualblade.units import MIB, parse_size, round_up
@@ -25,9 +26,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
         "hidden_size": 128,
         "intermediate_size": 256,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
         "head_dim": 128,
         "max_position_embeddings": 1 << 20,
         "dtype": "float32",
@@ -36,6 +37,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 ROWS = 512  # of a matrix product in prefill
 STAGED_LAYERS = 2  # K and V of the layer that is computed and of the one that comes
 HEAP_SLACK = 64 * MIB  # thread stacks, page tables, what the allocator keeps
+# Of what the page cache holds, the kernel takes up to a 32nd beside it (see live.KERNEL_PART), charged to the
+# cgroup: a budget without it could not hold the part of the KV that it is named after.
+HELD = 1 + 1 / KERNEL_PART
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """fraction: of the KV bytes that the budget can hold beside the base; bytes: of the whole process."""
+    """fraction: of the KV bytes that the budget can hold beside the base, with what the kernel takes for it;
+    bytes: of the whole process."""
 
     fraction: float
     bytes: int
@@ -158,7 +163,7 @@ def _budget(text: str, need: Need) -> Budget:
         fraction = float(text)
     except ValueError:
         nbytes = parse_size(text, "budget")
-        return Budget((nbytes - need.base) / need.kv, nbytes)
+        return Budget((nbytes - need.base) / (HELD * need.kv), nbytes)
     if not 0 <= fraction <= 100:
         raise UsageError(f"a budget of {text} times the KV bytes makes no sense", "write e.g. 0.5, or 6G")
-    return Budget(fraction, need.base + int(fraction * need.kv))
+    return Budget(fraction, need.base + int(fraction * HELD * need.kv))

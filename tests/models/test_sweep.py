@@ -50,7 +50,8 @@ def test_two_baselines_in_two_budgets(direct_dir: Path, capsys: pytest.CaptureFi
         assert row.keys() >= ROW
         assert row["verified"] is True
         assert row["prefill_s"] > 0 < row["decode_s_per_token"]
-        assert row["budget_bytes"] == record["need"]["base"] + int(row["budget_fraction"] * row["kv_bytes"])
+        held = int(row["budget_fraction"] * row["kv_bytes"] * 33 / 32)  # with the kernel's own memory for it
+        assert row["budget_bytes"] == record["need"]["base"] + held
         assert row["peak_bytes"] < row["budget_bytes"]
     assert [run["baseline"] for run in record["runs"]] == 2 * ["flexgen", "dual"]
     assert list(cache.iterdir()) == [], "nothing is left behind"
