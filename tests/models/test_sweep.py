@@ -260,11 +260,12 @@ NEED = Need(weights=100, runtime=1000, activations=10, staging=40, kv=160)
 
 
 def test_a_budget_is_the_base_and_a_part_of_the_kv() -> None:
-    need = Need(weights=GIB, runtime=GIB, activations=0, staging=GIB, kv=4 * GIB)
-    assert read_budgets("0.25,1, 5G", need) == [
-        Budget(0.25, 4 * GIB),
-        Budget(1.0, 7 * GIB),
-        Budget(0.5, 5 * GIB),
+    """And a 32nd of that part, which the kernel takes beside cached pages."""
+    need = Need(weights=GIB, runtime=GIB, activations=0, staging=GIB, kv=32 * GIB)
+    assert read_budgets("0.25,1, 36G", need) == [
+        Budget(0.25, 11 * GIB + GIB // 4),
+        Budget(1.0, 36 * GIB),
+        Budget(1.0, 36 * GIB),
     ]
     with pytest.raises(UsageError):
         read_budgets("0.5,", need)

@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualblade.layout import BEST_BLOCK, BEST_RUN, PAGE, TAIL_PART, Layout, choose_layout, smallest_block
+from dualblade.layout import (
+    BEST_BLOCK,
+    BEST_RUN,
+    CHUNK,
+    CHUNK_PART,
+    LARGEST_CHUNK,
+    PAGE,
+    TAIL_PART,
+    Layout,
+    choose_layout,
+    chunk_bytes,
+    smallest_block,
+)
 from dualblade.tensors import TensorKey, TensorSpec
 
 row_bytes = st.builds(
@@ -119,3 +131,14 @@ def test_layouts_of_known_models(
     spec = TensorSpec(TensorKey(0, "K"), 1, 8, head_dim, itemsize, count)
     layout = choose_layout(spec, tail_bytes)
     assert (layout.block_tokens, layout.group) == (block_tokens, group)
+
+
+@given(st.lists(st.integers(1, 1 << 26), min_size=1, max_size=6), st.integers(0, 1 << 40))
+def test_a_chunk_is_whole_blocks_of_each_size(sizes: list[int], total: int) -> None:
+    """Between 4 and 16 MiB by the KV there is, and one block where a block is longer."""
+    chunk = chunk_bytes(sizes, total)
+    assert chunk <= max(LARGEST_CHUNK, *sizes)
+    assert chunk > CHUNK - max(sizes)
+    assert chunk >= max(sizes)
+    assert chunk >= chunk_bytes(sizes, 0)
+    assert chunk_bytes([1], total) == min(max(CHUNK, total // CHUNK_PART), LARGEST_CHUNK)
