@@ -65,8 +65,7 @@ class Migrator:
         self.tensors = tensors
         self.paths = paths
         self.wear = wear
-        specs = [tensor.spec for tensor in tensors.values()]
-        total = sum(spec.tokens * spec.token_bytes for spec in specs)
+        total = sum(tensor.spec.nbytes for tensor in tensors.values())
         nbytes = chunk_bytes((tensor.layout.block_bytes for tensor in tensors.values()), total)
         of_env = any(path.queue.needs_env_memory for path in paths.values())
         self.region = Region(max(1, nbytes), hugepages=False, of_env=of_env)

@@ -98,7 +98,7 @@ def make_plan(
     left = request.left
     layouts = choose_layouts(specs, left)
     tails = sum(layout.block_bytes for layout in layouts.values())
-    total = sum(spec.tokens * spec.token_bytes for spec in specs)
+    total = sum(spec.nbytes for spec in specs)
     chunk = chunk_bytes((layout.block_bytes for layout in layouts.values()), total)
     migration = chunk if request.live else 0
     pipeline = _plan_staging(specs, layouts, request, left - tails - migration)

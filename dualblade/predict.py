@@ -170,7 +170,7 @@ def _fits_in_memory(plan: RunPlan, batch: int) -> bool:
     sizes: dict[int, int] = {}
     for spec in plan.specs:
         layer = spec.key.layer
-        sizes[layer] = sizes.get(layer, 0) + spec.tokens * spec.token_bytes // spec.batch * batch
+        sizes[layer] = sizes.get(layer, 0) + spec.nbytes // spec.batch * batch
     taken = plan.footprint.weights_bytes + plan.footprint.runtime_bytes + plan.footprint.reserve_bytes
     return taken + sum(sizes.values()) + max(sizes.values(), default=0) <= plan.request.budget
 

@@ -54,6 +54,11 @@ class TensorSpec:
         """One token of the whole tensor."""
         return self.runs * self.row_bytes
 
+    @property
+    def nbytes(self) -> int:
+        """All tokens."""
+        return self.tokens * self.token_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

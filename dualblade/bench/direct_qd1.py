@@ -38,7 +38,7 @@ class DirectQd1Cache(RowsCache):
         nvme: str | None,
     ):
         super().__init__(config, specs, dtype)
-        sizes = {spec.key: round_up(spec.tokens * spec.token_bytes, BLOCK) for spec in specs}
+        sizes = {spec.key: round_up(spec.nbytes, BLOCK) for spec in specs}
         options = QueueOptions(queue_depth=1, command_bytes=BLOCK)
         target = open_target(
             nvme, capacity=capacity_for(sum(sizes.values()), len(specs)), cache_dir=folder, options=options,

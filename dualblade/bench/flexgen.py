@@ -63,14 +63,14 @@ class FlexGenCache(RowsCache):
         return path
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        largest = max(self.specs.values(), key=lambda spec: spec.tokens * spec.token_bytes)
+        largest = max(self.specs.values(), key=lambda spec: spec.nbytes)
         shape = (largest.tokens * largest.runs * largest.head_dim,)
         return {kind: torch.empty(shape, dtype=self._raw) for kind in "KV"}
 
     @property
     def relay_bytes(self) -> int:
         """Of one thread."""
-        return min(RELAY, max(spec.tokens * spec.token_bytes for spec in self.specs.values()))
+        return min(RELAY, max(spec.nbytes for spec in self.specs.values()))
 
     @property
     def load_seconds(self) -> float:

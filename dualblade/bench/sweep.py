@@ -2,7 +2,8 @@
 """`bench sweep`: budgets x baselines, interleaved, each run in a process and a memory cgroup of its own.
 
 A budget is bytes of the whole process: what is in memory anyway (weights, libraries, activations, K and V of
-two layers) and on top of that a part of the KV bytes. It is the same for every baseline.
+two layers) and on top of that a part of the KV bytes, with what the kernel takes for it. It is the same for
+every baseline.
 """
 
 from __future__ import annotations

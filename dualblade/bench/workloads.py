@@ -123,8 +123,8 @@ def measure_need(workload: Workload, runtime: int) -> Need:
     config, dtype = load_config(workload)
     empty = models.empty_model(config, dtype, "sdpa", shared=True)
     specs = make_specs(workload, config, dtype)
-    kv = sum(spec.tokens * spec.token_bytes for spec in specs)
-    largest = max(spec.tokens * spec.token_bytes for spec in specs)
+    kv = sum(spec.nbytes for spec in specs)
+    largest = max(spec.nbytes for spec in specs)
     return Need(
         weights=models.weight_bytes(empty),
         runtime=round_up(runtime + HEAP_SLACK, MIB),

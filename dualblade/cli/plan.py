@@ -86,7 +86,7 @@ def _record(session: Any, made: Any, context: int) -> dict[str, Any]:
             "layers": kept_in_memory(session.config),
             "bytes": kept_bytes(session.config, session.groups[0], context, session.dtype.itemsize),
         },
-        "kv_bytes": sum(spec.tokens * spec.token_bytes for spec in made.specs),
+        "kv_bytes": sum(spec.nbytes for spec in made.specs),
         "paths": {"page_cache": {"bytes": cached}, "direct": {"bytes": direct}},
         "all_in_page_cache_up_to": session.all_cached_up_to(),
         "context_limit": context_limit(session.config),
