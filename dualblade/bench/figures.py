@@ -19,22 +19,30 @@ REFERENCE = "flexgen"
 
 
 def summarise(kv_bytes: int, runs: Sequence[Run], computes: Sequence[Run]) -> dict[str, Any]:
-    """Rows, one a budget and baseline, and what holds for all of them. computes: compute alone, round after
-    round, and the drive's limit beside it."""
+    """Rows, one a budget and baseline, and what holds for all of them. runs: each with the compute alone and
+    the drive's limits around it. computes: compute alone, all its runs."""
     common = {
         "compute_s_per_token": median(computes, "decode_s_per_token"),
         "compute_prefill_s": median(computes, "prefill_s"),
         "ssd_limit_gib_s": median(runs, "limit_read_gib_s"),
         "ssd_write_limit_gib_s": median(runs, "limit_write_gib_s"),
-        "ssd_limit_computing_gib_s": median(computes, "limit_computing_gib_s"),
+        "ssd_limit_computing_gib_s": median(runs, "limit_computing_gib_s"),
     }
     exact = reference_digests(runs)
-    rows = [_row(kv_bytes, group, computes, common, exact) for group in _groups(runs).values()]
+    rows = [_row(kv_bytes, group, common, exact) for group in _groups(runs).values()]
     _add_ratios(rows, runs)
     return common | {
         "rows": rows,
         "runs": [dict(run) for run in runs],
         "computes": [dict(run) for run in computes],
+    }
+
+
+def mean_compute(*computes: Run) -> dict[str, float]:
+    """Of several runs of compute alone."""
+    return {
+        "compute_s_per_token": statistics.fmean(run["decode_s_per_token"] for run in computes),
+        "compute_prefill_s": statistics.fmean(run["prefill_s"] for run in computes),
     }
 
 
@@ -76,7 +84,6 @@ def reference_digests(runs: Sequence[Run]) -> dict[str, Any]:
 def _row(
     kv_bytes: int,
     runs: Sequence[Run],
-    computes: Sequence[Run],
     common: Mapping[str, Any],
     exact: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def _row(
         "verified": all(run[name] == value for run in runs for name, value in exact.items()),
         "facts": first["facts"],
         **common,
-        **_bounds(kv_bytes, uncached, runs, computes, common),
+        **_bounds(kv_bytes, uncached, runs, common),
     }
 
 
@@ -114,23 +121,20 @@ def _speed(run: Run) -> dict[str, float | None]:
     return {"read_gib_s": speed, "ssd_utilisation": speed / run["limit_read_gib_s"]}
 
 
-def _bounds(
-    kv_bytes: int, uncached: int, runs: Sequence[Run], computes: Sequence[Run], common: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bounds(kv_bytes: int, uncached: int, runs: Sequence[Run], common: Mapping[str, Any]) -> dict[str, Any]:
     """No system that is exact can be faster: it computes, and reads what the budget cannot hold. Ratios are
-    to the compute of the same round and the drive's limit around the run, their median."""
+    to the compute and the drive's limit around the run, their median."""
     compute, limit = common["compute_s_per_token"], common["ssd_limit_gib_s"]
     overall = _bound(uncached, compute, limit)
     shared = _shared_bound(uncached, compute, limit, common["ssd_limit_computing_gib_s"])
     prefill = _bound(kv_bytes, common["compute_prefill_s"], common["ssd_write_limit_gib_s"])
     decode_ratios, shared_ratios, prefill_ratios = [], [], []
     for run in runs:
-        alone = computes[run["round"]]
-        compute, limit = alone["decode_s_per_token"], run["limit_read_gib_s"]
+        compute, limit = run["compute_s_per_token"], run["limit_read_gib_s"]
         decode_ratios.append(run["decode_s_per_token"] / _bound(uncached, compute, limit))
-        bound = _shared_bound(uncached, compute, limit, alone["limit_computing_gib_s"])
+        bound = _shared_bound(uncached, compute, limit, run["limit_computing_gib_s"])
         shared_ratios.append(run["decode_s_per_token"] / bound)
-        bound = _bound(kv_bytes, alone["prefill_s"], run["limit_write_gib_s"])
+        bound = _bound(kv_bytes, run["compute_prefill_s"], run["limit_write_gib_s"])
         prefill_ratios.append(run["prefill_s"] / bound)
     return {
         "uncached_bytes": uncached,

@@ -197,8 +197,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "part of the KV bytes that the first column tells, with a 32nd more for what the kernel takes beside "
         f"cached pages: {_budgets(record)}. It is the same for every baseline.",
         "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
-        "cannot hold. x bound: to the compute of the same round and the mean of the limits just before and "
-        "just after the run.",
+        "cannot hold. x bound: to the mean of compute alone before and after the budget's runs, and that of "
+        "the limits just before and just after the run.",
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
         "of SSD: bytes read a second while reads were under way, as a part of the drive's limit, the same "
         "mean.",

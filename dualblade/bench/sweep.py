@@ -21,7 +21,7 @@ from typing import Any
 from dualblade import __version__
 from dualblade.bench.baselines import BASELINES, COMPUTE
 from dualblade.bench.change import COMPARED, LEAST_TOKENS, Change, lowered_bytes, phases, summarise_changes
-from dualblade.bench.figures import summarise
+from dualblade.bench.figures import mean_compute, summarise
 from dualblade.bench.ground import DriveLimit, mean_limit, measure_limit, prepared_target
 from dualblade.bench.launch import ChildFailed, OnToken, no_one, run_child
 from dualblade.bench.limit import make_limit
@@ -82,6 +82,7 @@ class Sweep:
             self._check_change()
         self.runs: list[dict[str, Any]] = []
         self.computes: list[dict[str, Any]] = []
+        self.rounds = 0
         self.changes: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
 
@@ -120,9 +121,12 @@ class Sweep:
         return self.record()
 
     def _round(self, number: int, nvme: str) -> None:
+        """Compute alone also between the budgets: a machine that others share changes meanwhile."""
         self.say(f"round {number + 1} of {self.bench.rounds}: compute alone, and the drive's limit beside it")
-        self.computes.append(self._compute(nvme))
+        beside = self._limit_beside_compute(nvme)
+        before = self._compute(number, nvme)
         for budget in self.budgets:
+            first = len(self.runs)
             for name in rotated(self.bench.baselines, number):
                 if why_not(name, budget, self.need) is None:
                     self._one(self.runs, number, name, budget, nvme)
@@ -130,22 +134,33 @@ class Sweep:
                 self.say("  with a limit that is lowered and lifted again:")
                 for name in rotated(COMPARED, number):
                     self._one(self.changes, number, name, budget, nvme)
+            after = self._compute(number, nvme)
+            for run in self.runs[first:]:
+                run |= mean_compute(before, after) | {"limit_computing_gib_s": beside.read}
+            before = after
+        self.rounds += 1
 
     def _limit(self, nvme: str) -> DriveLimit:
         return measure_limit(self.bench.folder, nvme, min(self.target_bytes, PROBE))
 
-    def _compute(self, nvme: str) -> dict[str, Any]:
-        """Compute alone, and in a second run, from its first token on, what the drive gives beside it: both
-        want the same memory."""
+    def _compute(self, number: int, nvme: str) -> dict[str, Any]:
+        made = {"round": number} | self._trial(COMPUTE, self.budgets[-1], nvme)
+        self.computes.append(made)
+        self.say(
+            f"  compute alone: prefill {made['prefill_s']:.2f} s, {made['decode_s_per_token']:.3f} s a token"
+        )
+        return made
+
+    def _limit_beside_compute(self, nvme: str) -> DriveLimit:
+        """What the drive gives from the first token on: both want the same memory."""
         beside: list[DriveLimit] = []
 
         def on_token(count: int) -> None:
             if count == 1:
                 beside.append(self._limit(nvme))
 
-        alone = self._trial(COMPUTE, self.budgets[-1], nvme)
         self._trial(COMPUTE, self.budgets[-1], nvme, on_token=on_token)
-        return alone | {"limit_computing_gib_s": beside[0].read}
+        return beside[0]
 
     def _one(self, into: list[dict[str, Any]], number: int, name: str, budget: Budget, nvme: str) -> None:
         where = {"round": number, "baseline": name, "fraction": budget.fraction, "budget_bytes": budget.bytes}
@@ -224,7 +239,7 @@ class Sweep:
             "folder": str(self.bench.folder),
             "need": asdict(self.need) | {"base": self.need.base},
             "budgets": [asdict(budget) for budget in self.budgets],
-            "rounds": len(self.computes),
+            "rounds": self.rounds,
             "enforced": self.not_enforced is None,
             "not_enforced": self.not_enforced,
             "machine": machine(self.host),

@@ -19,7 +19,8 @@ from dualblade.tensors import TensorSpec
 from dualblade.units import MIB, parse_size, round_up
 from dualblade.zoo import resolve
 
-# Many KV heads on a narrow residual: little is computed for a byte of KV, so storage decides.
+# Many KV heads on a narrow residual: little is computed for a byte of KV, so storage decides. Of 64 elements:
+# torch's attention on a CPU goes through a GiB of such KV in two thirds of the time that heads of 128 take.
 SHAPES: dict[str, dict[str, Any]] = {
     "kv-heavy": {
         "model_type": "llama",
@@ -27,9 +28,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 8,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "head_dim": 64,
         "max_position_embeddings": 1 << 20,
         "dtype": "float32",
     }

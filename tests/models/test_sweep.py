@@ -146,6 +146,20 @@ def test_the_drive_is_measured_before_and_after_each_run(
 
 
 @pytest.mark.needs("uring", "o_direct")
+def test_compute_alone_is_measured_around_the_runs_of_each_budget(
+    direct_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--budgets", "0.5,1", "--baselines", "direct", "--rounds", "2", "--json"]
+    assert sweep(direct_dir, *words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [each["round"] for each in record["computes"]] == [0, 0, 0, 1, 1, 1]
+    assert record["rounds"] == 2
+    alone = [each["prefill_s"] for each in record["computes"]]
+    around = [(alone[at] + alone[at + 1]) / 2 for at in (0, 1, 3, 4)]
+    assert [run["compute_prefill_s"] for run in record["runs"]] == pytest.approx(around)
+
+
+@pytest.mark.needs("uring", "o_direct")
 def test_other_numbers_than_the_rest_are_an_error(
     direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dualblade.bench.figures import bootstrap, paired_ratio, reference_digests, summarise
+from dualblade.bench.figures import bootstrap, mean_compute, paired_ratio, reference_digests, summarise
 from dualblade.units import GIB
 
 
@@ -26,6 +26,9 @@ def run(baseline: str, number: int, decode: float, **more: Any) -> dict[str, Any
         "hugetlb_bytes": 5,
         "limit_read_gib_s": LIMITS[number % 3],
         "limit_write_gib_s": 1.0,
+        "limit_computing_gib_s": 1.5,
+        "compute_s_per_token": 0.1,
+        "compute_prefill_s": 1.0,
         "logits_digest": "a",
         "kv_digest": "b",
         "facts": {},
@@ -33,7 +36,7 @@ def run(baseline: str, number: int, decode: float, **more: Any) -> dict[str, Any
 
 
 LIMITS = [2.0, 4.0, 4.0]
-COMPUTES = [{"decode_s_per_token": 0.1, "prefill_s": 1.0, "limit_computing_gib_s": 1.5}] * 3
+COMPUTES = [{"decode_s_per_token": 0.1, "prefill_s": 1.0}] * 3
 
 
 def rows_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -84,6 +87,15 @@ def test_the_bound_is_the_larger_of_compute_and_what_must_be_read() -> None:
     fits = rows_of([run("dual", n, 0.5, fraction=1.25) for n in range(3)])["dual"]
     assert fits["uncached_bytes"] == 0
     assert fits["bound_s_per_token"] == 0.1
+
+
+def test_ratios_to_the_bound_are_to_the_compute_around_the_run() -> None:
+    around = mean_compute(
+        {"decode_s_per_token": 0.3, "prefill_s": 3.0}, {"decode_s_per_token": 0.5, "prefill_s": 5.0}
+    )
+    row = rows_of([run("dual", n, 0.5, **around) for n in range(3)])["dual"]
+    assert row["decode_vs_bound"] == pytest.approx(0.5 / 0.4)
+    assert row["prefill_vs_bound"] == pytest.approx(1.0 / 4)
 
 
 def test_the_shared_bound_reads_more_slowly_while_it_computes() -> None:
