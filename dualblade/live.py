@@ -151,7 +151,9 @@ class LiveGovernor:
 
     def reserve(self, nbytes: int | None) -> None:
         """What a forward pass holds from here on, at most what was planned; None: that."""
-        self._reserve = nbytes
+        if nbytes != self._reserve:
+            self._reserve = nbytes
+            self.watch.stir()
 
     # decide ---------------------------------------------------------------------------------
 
@@ -160,6 +162,8 @@ class LiveGovernor:
         facts, limits, before = self._facts(number, seen, states), self._limits(), self._state
         decision = revise(states, facts, before, limits)
         self._state, self._more, self.share = decision.state, decision.more, decision.share
+        if decision.moves or decision.state.waiting:
+            self.watch.stir()
         if self._trace is not None:
             self._trace.write(encode(self.steps, states, facts, before, limits, decision) + "\n")
         if self._placer is not None:

@@ -31,10 +31,12 @@ from dualblade.targets import default_capacity, find_target, open_target, open_v
 from dualblade.tensors import PathKind, Placement, TensorSpec
 from dualblade.traffic import copy_pace
 from dualblade.units import GIB, MIB
-from dualblade.watch import MemoryWatch, look
+from dualblade.watch import MemoryWatch, changed, look
 from spdk_glue import QueueOptions
 
-KERNEL_PART = 32  # of the budget, for what a cgroup is charged beside the process's own pages
+NOTICED_PART = 128  # of the KV, or so many bytes: a change of memory that is worth a look
+MOST_NOTICED = 64 * MIB
+CHARGED_PART = 32  # of the budget, for what a cgroup is charged beside the process's own pages
 GROWING_CAPACITY = 8 * GIB  # of a default target when nobody said how long the run will be
 
 
@@ -142,7 +144,10 @@ class Offload:
         )  # fmt: skip
         migrator = Migrator(tensors, self.paths, self.store.in_place, self.wear)
         migrator.claim(list(tensors.values()))
-        watch = MemoryWatch(lambda: look(host, self._cached_fds()))
+        noticed = min(sum(spec.nbytes for spec in plan.specs) // NOTICED_PART, MOST_NOTICED)
+        watch = MemoryWatch(
+            lambda: look(host, self._cached_fds()), lambda before: changed(host, before, noticed)
+        )
         governor = LiveGovernor(
             tensors, self.paths, budget, migrator, watch, self.placer,
             lambda kind, more: self._open_late(kind, grows or more), settings.governor_trace,
@@ -308,7 +313,7 @@ def _drive(options: QueueOptions) -> DriveSetting:
 
 def _for_the_kernel(settings: CacheSettings, snapshot: MemorySnapshot) -> int:
     limited = snapshot.cgroup_headroom is not None and settings.cgroup is None
-    return settings.budget // KERNEL_PART if limited else 0
+    return settings.budget // CHARGED_PART if limited else 0
 
 
 def make_request(settings: CacheSettings, snapshot: MemorySnapshot, mapped: int) -> BudgetRequest:

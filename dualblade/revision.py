@@ -85,6 +85,13 @@ class GovernorState:
     better_room: int = 0
     rest: int | None = None
 
+    @property
+    def waiting(self) -> bool:
+        """More looks are needed for a decision."""
+        return (
+            self.better_own > 0 or self.better_room > 0 or (self.rest is not None and self.number < self.rest)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:

@@ -137,9 +137,13 @@ class StoreParts:
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Take the room that the governor decided on, before the first token. Raises CapacityError."""
+        rest = []
+        for placement in placements:
+            if not self._place_part(placement):
+                rest.append(placement)
         kinds = [kind for kind in PathKind if kind in self.paths]  # what is cached of a tensor comes first
         for kind in kinds:
-            chosen = [each for each in placements if each.path is kind and not self._placed_in_part(each)]
+            chosen = [each for each in rest if each.path is kind]
             rooms = self.paths[kind].allocate([(placement.key, placement.bytes) for placement in chosen])
             for room in rooms:
                 tensor = self.tensors[room.key]
@@ -149,8 +153,8 @@ class StoreParts:
             self.in_place.map(tensor)
         self.placements += placements
 
-    def _placed_in_part(self, placement: Placement) -> bool:
-        """Placed here already, as the part of a tensor that the page cache holds."""
+    def _place_part(self, placement: Placement) -> bool:
+        """What the page cache holds of a tensor in part goes where all of it has room; False for another."""
         tensor = self.tensors[placement.key]
         blocks = placement.bytes // tensor.layout.block_bytes
         return placement.path is PathKind.PAGE_CACHE and self.in_place.place_part(tensor, blocks)

@@ -16,6 +16,9 @@ from dualblade.residency import MemorySnapshot, pause, take_snapshot
 from spdk_glue import CachedPages, GlueError, cached_pages
 
 INTERVAL_S = 0.25
+CALM_S = 2.0  # without a whole look where nothing changes
+STIRRED_S = 1.0
+STALLED_PART = 0.01  # of the time, spent waiting for memory: no calm
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +43,44 @@ def look(host: Host, fds: Iterable[int]) -> Look:
     return Look(take_snapshot(host, levels=levels), memory_pressure(host, levels), pages, time.monotonic())
 
 
+def changed(host: Host, before: Look, noticed: int) -> bool:
+    """Whether it is time for another look, without counting pages: 20 ns for each, which attention on all
+    CPUs would wait for. noticed: bytes by which a figure has to differ. Raises ConfigError."""
+    levels = memory_cgroups(host)
+    was, now = before.snapshot, take_snapshot(host, levels=levels)
+    then, here = before.pressure, memory_pressure(host, levels)
+    if (was.cgroup_limit, was.cgroup_headroom is None) != (now.cgroup_limit, now.cgroup_headroom is None):
+        return True
+    differences = (
+        now.available - was.available,
+        (now.cgroup_headroom or 0) - (was.cgroup_headroom or 0),
+        now.process_anon - was.process_anon,
+        now.process_hugetlb - was.process_hugetlb,
+        here.refault_bytes - then.refault_bytes,
+    )
+    stalled = max(here.some_s - then.some_s, here.full_s - then.full_s)
+    return max(map(abs, differences)) >= noticed or stalled > STALLED_PART * (time.monotonic() - before.at)
+
+
 class MemoryWatch:
     """`latest` is the last look and its number. error: why there are no more, or None.
 
-    take: makes a look. interval_s: seconds between two, more where that takes long (see pause). The
+    take: makes a look. changed: tells cheaply whether there is something to see, so that CALM_S may go by
+    without a look. interval_s: seconds between two, more where that takes long (see pause). The
     descriptors that it looks at must stay open until stop() has returned.
     """
 
-    def __init__(self, take: Callable[[], Look], interval_s: float = INTERVAL_S):
+    def __init__(
+        self,
+        take: Callable[[], Look],
+        changed: Callable[[Look], bool] = lambda before: True,
+        interval_s: float = INTERVAL_S,
+    ):
         self.latest: tuple[int, Look] | None = None
         self.error: str | None = None
         self._take = take
+        self._changed = changed
+        self._stirred_until = 0.0
         self._interval_s = interval_s
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -68,6 +98,10 @@ class MemoryWatch:
             self._ended.set()
             thread.join()
 
+    def stir(self) -> None:
+        """Look at each interval for a while: a decision is under way."""
+        self._stirred_until = time.monotonic() + STIRRED_S
+
     @property
     def cached(self) -> int | None:
         """Bytes of our files in the page cache at the last look; None where no more looks are taken."""
@@ -77,11 +111,11 @@ class MemoryWatch:
         return latest[1].pages.cached
 
     def _run(self) -> None:
-        number, spent = 0, 0.0
+        spent = 0.0
         try:
             while not self._ended.wait(pause(self._interval_s, spent)):
-                number, begun = number + 1, time.thread_time()
-                self.latest = (number, self._take())
+                begun = time.thread_time()
+                self._look_again()
                 spent = time.thread_time() - begun
         except (
             ConfigError,
@@ -89,3 +123,10 @@ class MemoryWatch:
             OSError,
         ) as error:  # the governor says so, and leaves things as they are
             self.error = str(error)
+
+    def _look_again(self) -> None:
+        assert self.latest is not None
+        number, before = self.latest
+        now = time.monotonic()
+        if now < self._stirred_until or now - before.at >= CALM_S or self._changed(before):
+            self.latest = (number + 1, self._take())
