@@ -210,6 +210,32 @@ def test_at_rest_while_nothing_changes(rows: Rows, memory: Memory) -> None:
 
 
 @pytest.mark.needs("uring", "o_direct")
+def test_pages_are_not_counted_while_nothing_changes(
+    direct_dir: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are again, as often as the decision asks for it, when something does."""
+    differs = [True]
+    monkeypatch.setattr(offload, "changed", lambda host, before, noticed: differs[0])
+    monkeypatch.setattr("dualblade.watch.CALM_S", 1000.0)
+    monkeypatch.setattr("dualblade.watch.STIRRED_S", 0.05)
+    with cache_of(direct_dir) as cache:
+        rows, governor = Rows(cache), cache.storage.governor
+        rows.step(1000)
+        differs[0] = False
+        rows.until(lambda: governor.migrator.idle and not governor._state.waiting)
+        time.sleep(0.2)
+        before = governor.watch.latest
+        for _ in range(20):
+            rows.step()
+            time.sleep(0.002)
+        assert governor.watch.latest is before
+        memory.available, differs[0] = KV_BYTES // 2, True
+        rows.until(lambda: governor.watch.latest is not before)
+        differs[0] = False
+        rows.until(lambda: rows.cached() <= KV_BYTES // 2)
+
+
+@pytest.mark.needs("uring", "o_direct")
 def test_the_trace_of_a_run_replays(direct_dir: Path, memory: Memory, tmp_path: Path) -> None:
     """Every decision that was made, and some that moved something."""
     trace = tmp_path / "decisions.jsonl"

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dualblade.errors import ConfigError
 from dualblade.host.sysfs import Host
 from dualblade.residency import MemoryMeter, MemorySnapshot, take_snapshot
 from dualblade.units import GIB, KIB, MIB
-from dualblade.watch import MemoryWatch, look
+from dualblade.watch import Look, MemoryWatch, changed, look
 from spdk_glue import GlueError, cached_bytes, cached_pages, file_facts, punch
 
 BLOCK = 64 * MIB
@@ -113,6 +114,64 @@ def test_a_watch_tells_what_is_cached_as_long_as_it_looks(cached_file: int) -> N
     assert FILE <= watch.cached < FILE + MIB
     watch.stop()
     assert watch.cached is None
+
+
+def test_a_watch_sleeps_while_nothing_changes_and_wakes_when_stirred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dualblade.watch.CALM_S", 1000.0)
+    first = look(Host(), [])
+    glances: list[Look] = []
+
+    def unchanged(before: Look) -> bool:
+        glances.append(before)
+        return False
+
+    watch = MemoryWatch(lambda: replace(first, at=time.monotonic()), unchanged, interval_s=0.001)
+    watch.start()
+    until(lambda: len(glances) > 10)
+    assert watch.latest is not None
+    assert watch.latest[0] == 0
+    watch.stir()
+    until(lambda: watch.latest is not None and watch.latest[0] > 3)
+    watch.stop()
+
+
+def test_a_calm_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualblade.watch.CALM_S", 0.01)
+    watch = MemoryWatch(lambda: look(Host(), []), lambda before: False, interval_s=0.001)
+    watch.start()
+    until(lambda: watch.latest is not None and watch.latest[0] > 3)
+    watch.stop()
+
+
+def test_more_memory_of_this_process_is_a_change() -> None:
+    before = look(Host(), [])
+    assert not changed(Host(), before, 64 * GIB)
+    with mmap.mmap(-1, BLOCK) as memory:
+        touch(memory)
+        assert changed(Host(), before, BLOCK // 2)
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "pressure"),
+    [
+        ({"available": MIB}, {}),
+        ({"cgroup_headroom": 1 << 60, "cgroup_limit": "a cgroup"}, {}),
+        ({}, {"refault_bytes": -1 << 60}),
+        ({}, {"full_s": -1e9}),
+    ],
+)
+def test_what_else_is_a_change(snapshot: dict[str, int], pressure: dict[str, float]) -> None:
+    """Other available memory, a limit that was not there, pages that were read back, tasks that waited."""
+    seen = look(Host(), [])
+    pressures = {name: getattr(seen.pressure, name) + more for name, more in pressure.items()}
+    before = replace(
+        seen,
+        snapshot=replace(seen.snapshot, **snapshot),
+        pressure=replace(seen.pressure, **pressures),
+    )
+    assert changed(Host(), before, 256 * MIB)
 
 
 def test_a_short_run_has_its_first_and_its_last_sample(cached_file: int) -> None:

@@ -392,6 +392,24 @@ def test_at_rest_under_a_constant_memory(states, facts, limits) -> None:
     assert cached_bytes(settled) <= max(decision.share, 0) or not decision.moves
 
 
+@settings(max_examples=100, deadline=None)
+@given(states_of(), st.lists(memories, min_size=1, max_size=4), bounds)
+def test_a_decision_that_is_not_waiting_needs_no_look_at_the_same_memory(states, looks, limits) -> None:
+    """The watch may sleep then: however often the same was seen, nothing would move."""
+    state, number = GovernorState(), 0
+    for facts in looks:
+        for _ in range(60):
+            number += 1
+            decision = revise(states, replace(facts, number=number), state, limits)
+            states, state = apply(states, decision), decision.state
+            if not decision.moves and not state.waiting:
+                break
+        else:
+            continue
+        later = replace(facts, number=number + 1)
+        assert settle(states, later, state, limits, 3 * limits.patience + 50)[2] == []
+
+
 @settings(max_examples=200, deadline=None)
 @given(states_of(), memories, bounds, st.integers(0, 512))
 def test_monotone_in_the_budget(states, facts, limits, extra) -> None:
