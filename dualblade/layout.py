@@ -80,7 +80,7 @@ def smallest_block(row_bytes: int) -> int:
 
 def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
     """The longest block up to BEST_BLOCK a head whose unfinished one, which stays in memory, takes at most
-    `tail_bytes` and at most a TAIL_PART of the tensor, in groups of up to BEST_RUN a head."""
+    `tail_bytes` and at most a TAIL_PART of the tensor, in groups of BEST_RUN a head to twice that."""
     block = smallest_block(spec.row_bytes)
     while (
         2 * block * spec.row_bytes <= BEST_BLOCK
@@ -88,7 +88,14 @@ def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
         and (tail_bytes is None or 2 * block * spec.token_bytes <= tail_bytes)
     ):
         block *= 2
-    return Layout(spec.runs, spec.row_bytes, block, max(1, BEST_RUN // (block * spec.row_bytes)))
+    group = _even_group(-(-spec.tokens // block), max(1, BEST_RUN // (block * spec.row_bytes)))
+    return Layout(spec.runs, spec.row_bytes, block, group)
+
+
+def _even_group(blocks: int, best: int) -> int:
+    """Blocks of a group, from `best` to less than twice as many, so that the last group lacks the fewest: a
+    rest of few blocks would be short runs, one a head, which take longer to read than long ones."""
+    return min(range(best, 2 * best), key=lambda group: (-blocks % group, group))
 
 
 def chunk_bytes(block_bytes: Iterable[int], total: int) -> int:

@@ -100,9 +100,13 @@ def test_the_longest_block_within_the_limits(spec: TensorSpec, tail_bytes: int |
 
 
 @given(specs, st.one_of(st.none(), st.integers(0, 1 << 32)))
-def test_groups_have_the_longest_run_whatever_the_block(spec: TensorSpec, tail_bytes: int | None) -> None:
+def test_groups_have_long_runs_whatever_the_block_and_the_last_is_as_full_as_can_be(
+    spec: TensorSpec, tail_bytes: int | None
+) -> None:
     layout = choose_layout(spec, tail_bytes)
-    assert layout.group_run_bytes <= BEST_RUN < layout.group_run_bytes + layout.run_bytes or layout.group == 1
+    best, blocks = max(1, BEST_RUN // layout.run_bytes), layout.blocks_for(spec.tokens)
+    assert best <= layout.group < 2 * best
+    assert -blocks % layout.group == min(-blocks % group for group in range(best, 2 * best))
 
 
 @given(specs, st.integers(0, 1 << 32), st.integers(0, 1 << 32))
@@ -120,8 +124,16 @@ def test_a_larger_allowance_never_shortens_the_block(spec: TensorSpec, one: int,
         (128, 2, 65536, 0, 16, 32),
         (128, 2, 100, None, 16, 32),
         (64, 2, 65536, None, 128, 8),
-        (96, 2, 65536, None, 64, 10),  # 12 KiB: twice as long would be too long
-        (80, 4, 65536, None, 64, 6),  # 20 KiB are the fewest whole pages
+        (
+            96,
+            2,
+            65536,
+            None,
+            64,
+            16,
+        ),  # 12 KiB: twice as long would be too long; of 10 a rest of 4 would be left
+        (80, 4, 65536, None, 64, 8),  # 20 KiB are the fewest whole pages
+        (64, 4, 1056, None, 16, 33),  # in groups of 32 the last two blocks would be alone
         (1, 1, 10, None, 4096, 32),
     ],
 )
