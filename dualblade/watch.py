@@ -39,16 +39,20 @@ def look(host: Host, fds: Iterable[int]) -> Look:
         sum(pages.dirty for pages in found),
         sum(pages.evicted for pages in found),
     )
+    return Look(*_glance(host), pages, time.monotonic())
+
+
+def _glance(host: Host) -> tuple[MemorySnapshot, Pressure]:
+    """What can be had without counting pages. Raises ConfigError."""
     levels = memory_cgroups(host)
-    return Look(take_snapshot(host, levels=levels), memory_pressure(host, levels), pages, time.monotonic())
+    return take_snapshot(host, levels=levels), memory_pressure(host, levels)
 
 
 def changed(host: Host, before: Look, noticed: int) -> bool:
     """Whether it is time for another look, without counting pages: 20 ns for each, which attention on all
     CPUs would wait for. noticed: bytes by which a figure has to differ. Raises ConfigError."""
-    levels = memory_cgroups(host)
-    was, now = before.snapshot, take_snapshot(host, levels=levels)
-    then, here = before.pressure, memory_pressure(host, levels)
+    was, then = before.snapshot, before.pressure
+    now, here = _glance(host)
     if (was.cgroup_limit, was.cgroup_headroom is None) != (now.cgroup_limit, now.cgroup_headroom is None):
         return True
     differences = (

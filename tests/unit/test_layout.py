@@ -124,14 +124,7 @@ def test_a_larger_allowance_never_shortens_the_block(spec: TensorSpec, one: int,
         (128, 2, 65536, 0, 16, 32),
         (128, 2, 100, None, 16, 32),
         (64, 2, 65536, None, 128, 8),
-        (
-            96,
-            2,
-            65536,
-            None,
-            64,
-            16,
-        ),  # 12 KiB: twice as long would be too long; of 10 a rest of 4 would be left
+        (96, 2, 65536, None, 64, 16),  # blocks of 12 KiB; groups of 10 would leave a rest of 4
         (80, 4, 65536, None, 64, 8),  # 20 KiB are the fewest whole pages
         (64, 4, 1056, None, 16, 33),  # in groups of 32 the last two blocks would be alone
         (1, 1, 10, None, 4096, 32),
