@@ -8,6 +8,9 @@ from pathlib import Path
 
 from dualblade.errors import ConfigError
 
+# Torch's threads wait for each other asleep: awake they take CPUs that the drive needs.
+SLEEPING_THREADS = {"OMP_WAIT_POLICY": "passive"}
+
 
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/dualblade, else ~/.cache/dualblade. Raises ConfigError where there is no home."""
@@ -33,3 +36,9 @@ def nvme_secrets() -> dict[str, str]:
 def child_environment(**extra: str) -> dict[str, str]:
     """The environment of a program that is started, with `extra` in it."""
     return os.environ | extra
+
+
+def let_threads_sleep() -> None:
+    """Before torch is loaded; whoever has set it otherwise keeps it so."""
+    for name, value in SLEEPING_THREADS.items():
+        os.environ.setdefault(name, value)

@@ -102,6 +102,7 @@ def populate(tensor: Tensor, mapped: Mapped) -> None:
         mapped.missed = mapped.region.populate(*_rows(tensor, mapped)) > 0
     except OSError as error:
         raise mapped.path.error_of(tensor.spec.key, READ, error) from error
+    mapped.path.check_kept(tensor.spec.key)
     mapped.path.in_place_read += tensor.tokens * tensor.spec.token_bytes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dualblade.integrity import Checksums
-from dualblade.layout import Layout
+from dualblade.layout import READ_THROUGH, READ_THROUGH_PART, Layout
 from dualblade.paths.base import Room, StoragePath, Ticket
 from dualblade.staging import Slot
 from dualblade.tensors import PathKind, TensorSpec
@@ -41,17 +41,21 @@ class Segment:
         whole, within = divmod(block - self.base, self.group)
         return self.room.offset + whole * self.group * layout.block_bytes + within * layout.run_bytes
 
+    def group_of(self, block: int, layout: Layout) -> tuple[int, int]:
+        """First block and end of the group that a block lies in."""
+        begin = block - (block - self.base) % self.group
+        return begin, min(begin + self.group, self.base + self.room_blocks(layout))
+
     def _cuts(self, first: int, end: int, layout: Layout) -> Iterator[tuple[int, int, int]]:
         """Blocks [first, end) as (begin, end, blocks of a group there): whole groups together, and parts of
         one alone."""
-        last = self.base + self.room_blocks(layout)
         while first < end:
-            begin = first - (first - self.base) % self.group
-            size = min(self.group, last - begin)
-            if begin == first and first + size <= end:
+            begin, behind = self.group_of(first, layout)
+            size = behind - begin
+            if begin == first and behind <= end:
                 stop = first + (end - first) // size * size
             else:
-                stop = min(end, begin + size)
+                stop = min(end, behind)
             yield first, stop, size
             first = stop
 
@@ -124,9 +128,10 @@ class Tensor:
     region. checksums: of the blocks on the medium, or None. writes, transfers: under way.
 
     segments: where the blocks are. homes: where they may be on each path, rooms that the tensor keeps.
-    clean: blocks whose bytes lie in their direct home too, though it is not where they are. intact: blocks
-    before it have not been taken back or changed since a migration set it. mapped: all of it is in the page
-    cache, and read there. in_use: attention may be reading it there.
+    held: so many of the last full blocks are in the slot alone. clean: blocks whose bytes lie in their direct
+    home too, though it is not where they are. intact: blocks before it have not been taken back or changed
+    since a migration set it. mapped: all of it is in the page cache, and read there. in_use: attention may be
+    reading it there.
     """
 
     spec: TensorSpec
@@ -143,6 +148,7 @@ class Tensor:
     homes: dict[PathKind, list[Segment]] = field(default_factory=dict)
     clean: set[int] = field(default_factory=set)
     intact: int = 0
+    held: int = 0
 
     @property
     def blocks(self) -> int:
@@ -151,13 +157,40 @@ class Tensor:
 
     @property
     def full(self) -> int:
-        """Blocks on the medium."""
+        """Whole blocks."""
         return self.layout.full_blocks(self.tokens)
+
+    @property
+    def stored(self) -> int:
+        """Of these the blocks on the medium."""
+        return self.full - self.held
 
     @property
     def rest(self) -> int:
         """Tokens of the unfinished block."""
         return self.tokens - self.full * self.layout.block_tokens
+
+    def end_of_groups(self, first: int, end: int) -> int:
+        """Where in blocks [first, end) the last one ends that completes a group, or a segment; `first` where
+        none does."""
+        segment = self.segment_of(end - 1)
+        part = (end - segment.base) % self.layout.group if end < segment.end else 0
+        return max(first, segment.first, end - part)
+
+    def end_to_read(self, capacity: int) -> int:
+        """Where a load of all full blocks into a slot of `capacity` tokens ends. On the direct path it takes
+        along what little a group lacks, whatever lies there: behind the last row nobody looks, and the group
+        is one sequential range instead of a run a head."""
+        full, layout = self.full, self.layout
+        if not full:
+            return 0
+        segment = self.segment_of(full - 1)
+        begin, end = segment.group_of(full - 1, layout)
+        lacks = end - full
+        little = lacks * layout.run_bytes <= READ_THROUGH and lacks * READ_THROUGH_PART <= end - begin
+        whole = segment.first <= begin and end <= min(segment.end, capacity // layout.block_tokens)
+        direct = segment.room.path is PathKind.DIRECT
+        return end if direct and whole and little else full
 
     def segment_of(self, block: int) -> Segment:
         return next(part for part in self.segments if part.first <= block < part.end)

@@ -22,6 +22,9 @@ PAGE = 4 * KIB
 # Measured on a virtual drive, 1 MiB commands at depth 32, as a share of contiguous memory:
 # runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06.
 BEST_RUN = 128 * KIB
+# A command takes that drive as long as 24 to 28 KiB more of a longer one (80 to 512 KiB, 32 MiB in flight).
+# So what is missing of a group is read with it, unless it is more than this of a head, or than that part.
+READ_THROUGH, READ_THROUGH_PART = 16 * KIB, 8
 # Moved between the paths in a few milliseconds, the most that a reader waits behind it. More where there is
 # much KV: its reading queues behind that of whole layers, so only few chunks move for a token.
 CHUNK, LARGEST_CHUNK = 4 * MIB, 16 * MIB

@@ -191,12 +191,12 @@ class LiveGovernor:
         for segment in tensor.segments:
             if segment.room.path is PathKind.PAGE_CACHE:
                 cached += segment.blocks
-                cached_written += min(segment.blocks, max(0, tensor.full - segment.first))
+                cached_written += min(segment.blocks, max(0, tensor.stored - segment.first))
         stuck = tensor.blocks - sum(home.blocks for home in tensor.homes.get(PathKind.DIRECT, ()))
         if PathKind.DIRECT not in self.paths and self._open_path:
             stuck = 0  # it will be opened with room for all
         return TensorState(
-            tensor.spec.key, tensor.layout.block_bytes, tensor.blocks, tensor.full, cached, cached_written,
+            tensor.spec.key, tensor.layout.block_bytes, tensor.blocks, tensor.stored, cached, cached_written,
             stuck, tensor.mapped is not None,
         )  # fmt: skip
 

@@ -175,7 +175,7 @@ class Migrator:
 
     def _demote(self, tensor: Tensor, first: int, end: int) -> bool:
         """The last of blocks [first, end): without a copy where that goes."""
-        for begin in (max(first, tensor.full), _clean_from(tensor, first, end)):
+        for begin in (max(first, tensor.stored), _clean_from(tensor, first, end)):
             if begin < end:
                 self._switch(tensor, begin, end, DIRECT)
                 return True
@@ -184,13 +184,13 @@ class Migrator:
 
     def _promote(self, tensor: Tensor, first: int, end: int) -> bool:
         """The first of blocks [first, end), which lie in one home."""
-        if first < tensor.full:
-            end = min(end, tensor.full, first + self._blocks(tensor))
+        if first < tensor.stored:
+            end = min(end, tensor.stored, first + self._blocks(tensor))
         self._reserve(tensor, first)
         for part in tensor.parts(CACHE, first, end):
             for room in part.rooms(tensor.layout):
                 self.paths[CACHE].back(room)
-        if first < tensor.full:
+        if first < tensor.stored:
             return self._copy(tensor, first, end, CACHE)
         self._switch(tensor, first, end, CACHE)
         return True
@@ -216,7 +216,7 @@ class Migrator:
     def _to_come(self) -> int:
         """Bytes that the run itself will still write."""
         tensors = self.tensors.values()
-        return sum((tensor.blocks - tensor.full) * tensor.layout.block_bytes for tensor in tensors)
+        return sum((tensor.blocks - tensor.stored) * tensor.layout.block_bytes for tensor in tensors)
 
     def _transfer(self, op: int, tensor: Tensor, first: int, end: int, kind: PathKind) -> Ticket:
         """Move blocks between our memory and their homes on a path."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dualblade.adaptive import Climb, DriveSetting, StoreShare
@@ -15,7 +15,7 @@ from dualblade.host.sysfs import Host
 from dualblade.live import Budget, LiveGovernor
 from dualblade.migration import Migrator
 from dualblade.paths.base import StoragePath, WriteLimit
-from dualblade.paths.direct import DirectPath
+from dualblade.paths.direct import OPTIONS, DirectPath
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.pipeline import STORE_SLOTS, Mode
 from dualblade.planner import BudgetRequest, SegmentPlacer, make_plan
@@ -119,7 +119,7 @@ class Offload:
 
     def _open_target(self, capacity: int | None) -> DirectPath:
         settings = self.settings
-        options = QueueOptions(drain_ms=int(settings.timeout_s * 1000))
+        options = replace(OPTIONS, drain_ms=int(settings.timeout_s * 1000))
         footprint = self.plan.footprint
         tails = sum(layout.block_bytes for layout in self.plan.layouts.values())
         target = open_target(

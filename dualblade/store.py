@@ -11,7 +11,6 @@ from typing import Any
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.in_place import LEAST_STAGED, populate, prefault, read_ahead
 from dualblade.kv_tensor import Mapped, Tensor
-from dualblade.paths.base import Ticket
 from dualblade.staging import Slot
 from dualblade.store_parts import StoreParts
 from dualblade.tensors import PathKind, TensorKey, TensorSpec
@@ -128,6 +127,7 @@ class KVStore(StoreParts):
     def _leave_layer(self) -> None:
         for key, slot in self._in_use.items():
             tensor = self.tensors[key]
+            self._write_held(tensor, slot, tensor.full)
             tensor.in_use, mapped = False, tensor.mapped
             if mapped is None or slot is not mapped.slot:
                 self.pool.give_back(slot)
@@ -182,7 +182,9 @@ class KVStore(StoreParts):
             return None
         tensor = self.tensors[key]
         self._open_slot(slot, tensor.spec)
-        slot.fills = self._transfers(READ, tensor, slot, 0, tensor.full)
+        end = tensor.end_to_read(self.capacity)
+        self.read_through += (end - tensor.full) * tensor.layout.block_bytes
+        slot.fills = self._start(READ, tensor, self._pieces(tensor, slot, 0, end), slot)
         return slot
 
     def _open_slot(self, slot: Slot, spec: TensorSpec) -> None:
@@ -204,10 +206,6 @@ class KVStore(StoreParts):
             if leased:
                 return leased
         return None
-
-    def _transfers(self, op: int, tensor: Tensor, slot: Slot, first: int, end: int) -> list[Ticket]:
-        """Move blocks [first, end) between the slot and their rooms: one transfer a path."""
-        return self._start(op, tensor, tensor.pieces(slot.address, self.capacity, first, end), slot)
 
     def _tell_mover(self, key: TensorKey) -> None:
         """Between two tensors a migration may go on, and between two passes be decided on."""
@@ -252,7 +250,8 @@ class KVStore(StoreParts):
 
     def append(self, key: TensorKey, slot: Slot, count: int) -> None:
         """`count` new tokens are in the slot behind the old ones. Whole blocks are written behind
-        the caller's back; the rest stays in memory. Raises StorageError, CapacityError."""
+        the caller's back, many at once where they are a prompt's; the rest stays in memory.
+        Raises StorageError, CapacityError."""
         tensor = self.tensors[key]
         if self._in_use.get(key) is not slot or not self._fits(key.layer, tensor.tokens + count):
             raise ValueError(f"{slot} was not loaded for {key} and {count} more tokens")
@@ -267,23 +266,31 @@ class KVStore(StoreParts):
                     return
             if tensor.full > old:
                 self._make_room(tensor)
-                self._write(tensor, slot, old, tensor.full)
-                if tensor.mapped:
-                    self._staged[key] = tensor
+                tensor.held += tensor.full - old
+                many = count > LONGEST_DECODE
+                end = tensor.end_of_groups(tensor.stored, tensor.full) if many else tensor.full
+                self._write_held(tensor, slot, end)
             self._keep_tail(tensor, slot, count)
 
-    def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
-        if tensor.checksums:
-            self._bring(tensor, slot.address, first, end)
-            tensor.checksums.remember(self.pool.rows(slot), tensor.head_stride(self.capacity), first, end)
-        tickets = self._transfers(WRITE, tensor, slot, first, end)
-        slot.drains += tickets
-        tensor.writes += tickets
+    def _write_held(self, tensor: Tensor, slot: Slot, end: int) -> None:
+        """What is held of blocks [0, end) goes to the medium. A prompt comes in small parts: it is written
+        group by group, in a command for many of its parts, and the last group with the layer."""
+        first = tensor.stored
+        if first == end:
+            return
+        self._write(tensor, slot, first, end)
+        tensor.held = tensor.full - end
+        if tensor.mapped:
+            self._staged[tensor.spec.key] = tensor
 
-    def _bring(self, tensor: Tensor, address: int, first: int, end: int) -> None:
-        """Blocks [first, end) are in host memory afterwards."""
-        for pieces in tensor.pieces(address, self.capacity, first, end).values():
-            self.device.bring(pieces)
+    def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
+        pieces = self._pieces(tensor, slot, first, end)
+        if tensor.checksums:
+            self._bring(pieces)
+            tensor.checksums.remember(self.pool.rows(slot), tensor.head_stride(self.capacity), first, end)
+        tickets = self._start(WRITE, tensor, pieces, slot)
+        slot.drains += tickets
+        tensor.writes += tickets + self._write_back(tensor, pieces)
 
     def _keep_tail(self, tensor: Tensor, slot: Slot, count: int) -> None:
         block = tensor.full * tensor.layout.block_tokens
@@ -312,6 +319,8 @@ class KVStore(StoreParts):
         tensor = self.tensors[key]
         full = tensor.layout.full_blocks(tokens)
         with self.failing():
+            if tensor.held:
+                self._write_held(tensor, self._in_use[key], tensor.full)
             if tensor.mapped is None and full < tensor.full and tokens % tensor.layout.block_tokens:
                 self._await_writes(tensor)
                 self._read_tail(tensor, full)
@@ -337,7 +346,8 @@ class KVStore(StoreParts):
             tensor.changed(0)
             if tensor.mapped and slot is tensor.mapped.slot:
                 return
-            self._write(tensor, slot, 0, tensor.full)
+            tensor.held = tensor.full
+            self._write_held(tensor, slot, tensor.full)
             self._keep_tail(tensor, slot, tensor.tokens)
 
     # state ----------------------------------------------------------------------------------
@@ -363,6 +373,8 @@ class KVStore(StoreParts):
         Raises StorageError where tidying up failed and nothing had failed before.
         """
         given_up, trouble = 0, self.failure
+        for tensor in self.tensors.values():
+            tensor.held = 0
         self._leave_layer()
         for tensor in self.tensors.values():
             if tensor.mapped:

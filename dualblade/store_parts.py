@@ -20,6 +20,7 @@ from dualblade.trace import Trace
 from dualblade.units import MIB
 from spdk_glue import PAGE, FileRegion, Piece, Region
 
+Pieces = Mapping[PathKind, Sequence[Piece]]
 LARGEST_STEP = 64 * MIB  # a tensor whose end is unknown grows by at least this, once it is that large
 
 
@@ -90,6 +91,7 @@ class StoreParts:
         self.checksum = checksum
         self.stall_s = 0.0
         self.checksum_s = 0.0
+        self.read_through = 0  # bytes that no row was in (see Tensor.end_to_read)
         self.failure: DualBladeError | None = None
         self.trace: Trace | None = None
         self.mover: Mover | None = None
@@ -211,14 +213,37 @@ class StoreParts:
             self.failure = StorageError(reason, "make a new cache")
             raise
 
-    def _start(
-        self, op: int, tensor: Tensor, pieces: Mapping[PathKind, Sequence[Piece]], slot: Slot
-    ) -> list[Ticket]:
+    def _pieces(self, tensor: Tensor, slot: Slot, first: int, end: int, origin: int = 0) -> Pieces:
+        """What moves blocks [first, end) between a slot that begins with block `origin` and their rooms."""
+        address = slot.address - origin * tensor.layout.run_bytes
+        return tensor.pieces(address, self.capacity, first, end)
+
+    def _bring(self, pieces: Pieces) -> None:
+        """What they move is in host memory afterwards."""
+        for parts in pieces.values():
+            self.device.bring(parts)
+
+    def _start(self, op: int, tensor: Tensor, pieces: Pieces, slot: Slot) -> list[Ticket]:
+        """One transfer a path."""
         move, key = self.device.move, tensor.spec.key
-        tickets = [move(self.paths[kind], op, key, parts, slot) for kind, parts in pieces.items()]
+        return self._noted(
+            tensor, [move(self.paths[kind], op, key, parts, slot) for kind, parts in pieces.items()]
+        )
+
+    def _noted(self, tensor: Tensor, tickets: list[Ticket]) -> list[Ticket]:
+        """What they use is not given back before they are done."""
         if self.mover is not None:
             tensor.transfers = [ticket for ticket in tensor.transfers if not ticket.done()] + tickets
         return tickets
+
+    def _write_back(self, tensor: Tensor, pieces: Pieces) -> list[Ticket]:
+        """Where the drive is read for every token, what is cached goes there while the prompt computes. The
+        kernel would begin it half a minute later, beside those reads."""
+        if all(placement.path is PathKind.PAGE_CACHE for placement in self.placements):
+            return []
+        key = tensor.spec.key
+        begun = [self.paths[kind].write_back(key, parts) for kind, parts in pieces.items()]
+        return self._noted(tensor, [ticket for tickets in begun for ticket in tickets])
 
     def _keys(self, layer: int) -> tuple[TensorKey, TensorKey]:
         return self._keys_of[layer]

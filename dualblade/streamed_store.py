@@ -169,13 +169,10 @@ class StreamedStore(KVStore):
     def _read(self, chunk: _Chunk, end: int) -> None:
         """Start reading the blocks before `end` that are not in the chunk yet."""
         for key, slot in zip(chunk.keys, chunk.slots, strict=True):
-            slot.fills += self._move(READ, self.tensors[key], slot, chunk.first, chunk.end, end)
+            tensor = self.tensors[key]
+            pieces = self._pieces(tensor, slot, chunk.end, end, origin=chunk.first)
+            slot.fills += self._start(READ, tensor, pieces, slot)
         chunk.end = end
-
-    def _move(self, op: int, tensor: Tensor, slot: Slot, origin: int, first: int, end: int) -> list[Ticket]:
-        """Move blocks [first, end) between their rooms and a slot that begins with block `origin`."""
-        address = slot.address - origin * tensor.layout.run_bytes
-        return self._start(op, tensor, tensor.pieces(address, self.capacity, first, end), slot)
 
     def _await_chunk(self, tensor: Tensor, slot: Slot, chunk: _Chunk) -> None:
         begun = time.perf_counter()
@@ -310,12 +307,14 @@ class StreamedStore(KVStore):
 
     def _write_blocks(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
         """The slot holds blocks [first, end), and goes back to the pool when they are written."""
+        pieces = self._pieces(tensor, slot, first, end, origin=first)
         if tensor.checksums:
             stride = tensor.head_stride(self.capacity)
-            self._bring(tensor, slot.address - first * tensor.layout.run_bytes, first, end)
+            self._bring(pieces)
             tensor.checksums.remember(self.pool.rows(slot), stride, first, end, origin=first)
-        tickets = self._move(WRITE, tensor, slot, first, first, end)
+        tickets = self._start(WRITE, tensor, pieces, slot)
         slot.drains += tickets
+        tickets = tickets + self._write_back(tensor, pieces)
         self._writing[tensor.spec.key] += [(first, ticket) for ticket in tickets]
         self.pool.give_back(slot)
 
@@ -367,7 +366,8 @@ class StreamedStore(KVStore):
         self, tensor: Tensor, first: int, end: int, change: Callable[[Any, int], None]
     ) -> None:
         slot = self._store_slot(tensor.spec.key)
-        for ticket in self._move(READ, tensor, slot, first, first, end):
+        pieces = self._pieces(tensor, slot, first, end, origin=first)
+        for ticket in self._start(READ, tensor, pieces, slot):
             ticket.wait()
         self._await_blocks(tensor, end)
         self._verify_blocks(tensor, slot, first, end)

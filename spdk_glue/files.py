@@ -91,6 +91,12 @@ def cached_bytes(fd: int) -> int:
     return cached_pages(fd).cached
 
 
+def check_written(fd: int) -> None:
+    """Raises GlueError if dirty pages of the file could not be written to its drive, once: what they held is
+    lost as soon as the kernel drops them, and nothing that reads them fails."""
+    check(lib.glue_lost_writes(fd), "write back")
+
+
 def punch(fd: int, offset: int, nbytes: int) -> None:
     """Give a range of the file back, its pages and its blocks: it reads as zeros. Raises GlueError."""
     check(lib.glue_punch(fd, offset, nbytes), "fallocate")

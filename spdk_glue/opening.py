@@ -16,12 +16,14 @@ from spdk_glue.errors import GlueError, why_no_uring
 @dataclass(frozen=True, slots=True)
 class QueueOptions:
     """queue_depth: commands in flight. command_bytes: larger transfers are split at this size.
-    max_transfers: transfers accepted and not yet reaped. workers: hand commands to a few worker
-    threads at once, which copies from a buffered file in parallel."""
+    in_flight_bytes: no more commands than move so many together (0: any). max_transfers: transfers
+    accepted and not yet reaped. workers: hand commands to a few worker threads at once, which copies
+    from a buffered file in parallel."""
 
     queue_depth: int = 32
     command_bytes: int = 1 << 20
     max_transfers: int = 256
+    in_flight_bytes: int = 0
     workers: bool = False
     drain_ms: int = 10_000
 
@@ -60,7 +62,8 @@ def c_options(kind: str, options: QueueOptions, **fields: Any) -> tuple[Any, ...
     name = ffi.new("char[]", kind.encode())
     made = ffi.new("glue_options *", {
         "kind": name, "queue_depth": options.queue_depth, "command_bytes": options.command_bytes,
-        "max_transfers": options.max_transfers, "drain_ms": options.drain_ms, **fields,
+        "max_transfers": options.max_transfers, "drain_ms": options.drain_ms,
+        "in_flight_bytes": options.in_flight_bytes, **fields,
     })  # fmt: skip
     return made, name, fields  # cffi structs do not own what their pointers name
 

@@ -28,6 +28,12 @@ class Piece(NamedTuple):
     def nbytes(self) -> int:
         return self.run_bytes * self.heads * self.blocks
 
+    @property
+    def span(self) -> int:
+        """From its first byte on the medium to behind its last one."""
+        apart = (self.heads - 1) * self.medium_stride
+        return apart + self.run_bytes if self.medium_stride else self.nbytes
+
 
 def plain(offset: int, address: int, nbytes: int, file: int = 0) -> Piece:
     """One contiguous buffer."""

@@ -35,9 +35,9 @@ from spdk_glue.opening import (
 from spdk_glue.pieces import Piece, plain
 from spdk_glue.readings import Medium, QueueStats, read_medium, read_stats
 
-READ, WRITE, TRIM, FLUSH = 0, 1, 2, 3
+READ, WRITE, TRIM, WRITE_BACK, FLUSH = 0, 1, 2, 3, 4
 FileEngine = Literal["auto", "uring", "posix"]
-_REGISTER, _UNREGISTER = 4, 5
+_REGISTER, _UNREGISTER = 5, 6
 _REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
 _FAULTS = {"error": 0, "torn": 1, "hang": 2}
 _BATCH = 64

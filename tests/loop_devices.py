@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files as block devices of the kernel, for tests marked with needs("loop")."""
+"""Files as block devices and filesystems of the kernel, for tests marked with needs("loop")."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 
 @contextmanager
@@ -23,3 +25,17 @@ def loop_device(image: Path, size: int | None = None) -> Iterator[str]:
         yield node
     finally:
         subprocess.run(["losetup", "-d", node], check=True)
+
+
+@contextmanager
+def mounted(folder: Path, *words: str | Path) -> Iterator[Path]:
+    """`words` of mount(8), without the folder, which is made. Skips where this machine does not let us."""
+    folder.mkdir()
+    made = subprocess.run(["mount", *words, folder], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("need loop: a small filesystem cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        # Lazily: the kernel lets a closed ring's files go a little later.
+        subprocess.run(["umount", "--lazy", folder], check=True)

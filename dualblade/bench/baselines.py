@@ -215,11 +215,11 @@ class DualBlade(Subject):
         return CpuDevice(self.cache.dtype).rows(view, spec.batch, spec.heads, store.tokens(key.layer))
 
     def reading(self) -> Reading:
-        """Of the direct path; without one, what the device gave to the page cache."""
+        """Rows from the direct path; without one, what the device gave to the page cache."""
         storage = self.cache.storage
         if any(item.path is PathKind.DIRECT for item in storage.store.placements):
             stats = storage.paths[PathKind.DIRECT].queue.stats()
-            return Reading(stats.read_bytes, stats.read_busy_s)
+            return Reading(stats.read_bytes - storage.store.read_through, stats.read_busy_s)
         cached = storage.paths[PathKind.PAGE_CACHE]
         return Reading(process_read_bytes(), cached.queue.stats().read_busy_s + cached.in_place_s)
 

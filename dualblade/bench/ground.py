@@ -72,6 +72,22 @@ def measure_limit(folder: Path, nvme: str, nbytes: int) -> DriveLimit:
 
     Raises TargetError, CapacityError, VolumeError, StorageError.
     """
+    with _passes(folder, nvme, nbytes) as one_pass:
+        write = one_pass(WRITE)
+        return DriveLimit(one_pass(READ), write)
+
+
+def measure_reading(folder: Path, nvme: str, nbytes: int) -> float:
+    """GiB/s of one pass over a target that was prepared for so many bytes, and holds nothing.
+
+    Raises TargetError, CapacityError, VolumeError, StorageError.
+    """
+    with _passes(folder, nvme, nbytes) as one_pass:
+        return one_pass(READ)
+
+
+@contextmanager
+def _passes(folder: Path, nvme: str, nbytes: int) -> Iterator[Callable[[int], float]]:
     with (
         open_target(
             nvme, capacity=None, cache_dir=folder, options=OPTIONS, create=False, memory=BUFFER
@@ -80,10 +96,8 @@ def measure_limit(folder: Path, nvme: str, nbytes: int) -> DriveLimit:
         _random_buffer(target) as region,
     ):
         target.queue.register(region)
-        write = _pass(target, region, WRITE, extent)
-        read = _pass(target, region, READ, extent)
+        yield lambda op: _pass(target, region, op, extent)
         target.queue.unregister(region)
-    return DriveLimit(read, write)
 
 
 @contextmanager

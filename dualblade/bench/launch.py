@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any
 
 from dualblade.bench.trial import Trial
-from dualblade.config import child_environment
+from dualblade.config import SLEEPING_THREADS, child_environment
 from dualblade.errors import DualBladeError
 
 _CHILD = [sys.executable, "-m", "dualblade.bench.child"]
@@ -30,10 +31,10 @@ class ChildFailed(DualBladeError):
 
 
 def run_child(trial: Trial, on_token: OnToken = no_one) -> dict[str, Any]:
-    """The trial's record. on_token(n) is called when the n-th token is there. Raises ChildFailed."""
+    """The trial's record. on_token(n) is called when the n-th token is there; where the trial pauses, it goes
+    on afterwards. Raises ChildFailed."""
     with tempfile.TemporaryFile("w+") as talk:
-        # threads that wait for each other asleep: the I/O needs the CPUs that spinning would take
-        environment = child_environment(OMP_WAIT_POLICY="passive")
+        environment = child_environment(**SLEEPING_THREADS)
         child = subprocess.Popen(
             _CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=talk, text=True, env=environment
         )
@@ -44,7 +45,8 @@ def run_child(trial: Trial, on_token: OnToken = no_one) -> dict[str, Any]:
             status = child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe:
-                    pipe.close()
+                    with suppress(BrokenPipeError):  # what was not taken any more
+                        pipe.close()
         if "record" in last:
             record: dict[str, Any] = last["record"]
             return record
@@ -55,17 +57,21 @@ def _listen(child: subprocess.Popen[str], trial: Trial, on_token: OnToken) -> di
     """The last thing it said."""
     assert child.stdin
     assert child.stdout
-    try:
-        json.dump(trial.plain(), child.stdin)
-        child.stdin.close()
-    except BrokenPipeError:
-        return {}
     last: dict[str, Any] = {}
+    _send(child.stdin, json.dumps(trial.plain()))
     for line in child.stdout:
         last = json.loads(line)
         if "token" in last:
             on_token(last["token"])
+            if last["token"] in trial.pauses:
+                _send(child.stdin, "go on")
     return last
+
+
+def _send(pipe: IO[str], line: str) -> None:
+    """A child that has ended tells by what it said, and by its status."""
+    with suppress(BrokenPipeError):
+        print(line, file=pipe, flush=True)
 
 
 def _why(status: int, talk: IO[str]) -> str:

@@ -187,18 +187,19 @@ def facts(record: Mapping[str, Any]) -> list[str]:
 
 def notes(record: Mapping[str, Any]) -> list[str]:
     """What the columns mean, and what is missing."""
-    need = record["need"]
+    need, decoding = record["need"], record["limit_measured"] == "around decode"
     base = (
         f"weights {format_size(need['weights'])}, libraries {format_size(need['runtime'])}, activations "
-        f"{format_size(need['activations'])}, K and V of two layers {format_size(need['staging'])}"
+        f"{format_size(need['activations'])}, K and V of two layers {format_size(need['staging'])}, "
+        f"what blocks change paths through {format_size(need['moving'])}"
     )
     lines = [
         f"A budget is what is in memory anyway ({format_size(need['base'])}: {base}) and on top of it the "
         "part of the KV bytes that the first column tells, with a 32nd more for what the kernel takes beside "
         f"cached pages: {_budgets(record)}. It is the same for every baseline.",
         "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
-        "cannot hold. x bound: to the mean of compute alone before and after the budget's runs, and that of "
-        "the limits just before and just after the run.",
+        "cannot hold. x bound: to the mean of compute alone before and after the run, and of the limits "
+        f"just before and just after {'its decoding' if decoding else 'it'}.",
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
         "of SSD: bytes read a second while reads were under way, as a part of the drive's limit, the same "
         "mean.",

@@ -12,17 +12,24 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dualblade import __version__
-from dualblade.bench.baselines import BASELINES, COMPUTE
+from dualblade.bench.baselines import BASELINES, COMPUTE, OURS
 from dualblade.bench.change import COMPARED, LEAST_TOKENS, Change, lowered_bytes, phases, summarise_changes
 from dualblade.bench.figures import mean_compute, summarise
-from dualblade.bench.ground import DriveLimit, mean_limit, measure_limit, prepared_target
+from dualblade.bench.ground import (
+    DriveLimit,
+    mean_limit,
+    measure_limit,
+    measure_reading,
+    prepared_target,
+)
 from dualblade.bench.launch import ChildFailed, OnToken, no_one, run_child
 from dualblade.bench.limit import make_limit
 from dualblade.bench.trial import Trial
@@ -82,6 +89,8 @@ class Sweep:
             self._check_change()
         self.runs: list[dict[str, Any]] = []
         self.computes: list[dict[str, Any]] = []
+        self._since: list[dict[str, Any]] = []  # runs, since compute alone was measured
+        self._probe: str | None = None  # a target to read: that of a run is in use
         self.rounds = 0
         self.changes: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
@@ -114,42 +123,63 @@ class Sweep:
         """
         bench = self.bench
         extents = self.tensors + 1
-        with prepared_target(bench.folder, bench.nvme, self.target_bytes, extents, self.say) as nvme:
+        with ExitStack() as stack:
+            prepared = prepared_target(bench.folder, bench.nvme, self.target_bytes, extents, self.say)
+            nvme = stack.enter_context(prepared)
+            if bench.nvme is None:
+                probe = prepared_target(bench.folder, None, self._probe_bytes, 1, self.say)
+                self._probe = stack.enter_context(probe)
             for number in range(bench.rounds):
                 self._round(number, nvme)
                 done(self.record())
         return self.record()
 
     def _round(self, number: int, nvme: str) -> None:
-        """Compute alone also between the budgets: a machine that others share changes meanwhile."""
         self.say(f"round {number + 1} of {self.bench.rounds}: compute alone, and the drive's limit beside it")
+        first = len(self.runs)
         beside = self._limit_beside_compute(nvme)
-        before = self._compute(number, nvme)
+        self._compute(number, nvme)
         for budget in self.budgets:
-            first = len(self.runs)
-            for name in rotated(self.bench.baselines, number):
-                if why_not(name, budget, self.need) is None:
-                    self._one(self.runs, number, name, budget, nvme)
-            if self.bench.change:
-                self.say("  with a limit that is lowered and lifted again:")
-                for name in rotated(COMPARED, number):
-                    self._one(self.changes, number, name, budget, nvme)
-            after = self._compute(number, nvme)
-            for run in self.runs[first:]:
-                run |= mean_compute(before, after) | {"limit_computing_gib_s": beside.read}
-            before = after
+            self._budget(number, budget, nvme)
+        for run in self.runs[first:]:
+            run["limit_computing_gib_s"] = beside.read
         self.rounds += 1
 
-    def _limit(self, nvme: str) -> DriveLimit:
-        return measure_limit(self.bench.folder, nvme, min(self.target_bytes, PROBE))
+    def _budget(self, number: int, budget: Budget, nvme: str) -> None:
+        """Compute alone also between the budgets, and on both sides of ours: a machine that others share
+        changes meanwhile."""
+        for name in rotated(self.bench.baselines, number):
+            if why_not(name, budget, self.need) is not None:
+                continue
+            if name == OURS and self._since:
+                self._compute(number, nvme)
+            self._one(self.runs, number, name, budget, nvme)
+            if name == OURS:
+                self._compute(number, nvme)
+        if self.bench.change:
+            self.say("  with a limit that is lowered and lifted again:")
+            for name in rotated(COMPARED, number):
+                self._one(self.changes, number, name, budget, nvme)
+        if self._since or self.bench.change:
+            self._compute(number, nvme)
 
-    def _compute(self, number: int, nvme: str) -> dict[str, Any]:
+    @property
+    def _probe_bytes(self) -> int:
+        return min(self.target_bytes, PROBE)
+
+    def _limit(self, nvme: str) -> DriveLimit:
+        return measure_limit(self.bench.folder, nvme, self._probe_bytes)
+
+    def _compute(self, number: int, nvme: str) -> None:
+        """What the runs since the last time are compared with, too."""
         made = {"round": number} | self._trial(COMPUTE, self.budgets[-1], nvme)
+        for run in self._since:
+            run |= mean_compute(self.computes[-1], made)
+        self._since.clear()
         self.computes.append(made)
         self.say(
             f"  compute alone: prefill {made['prefill_s']:.2f} s, {made['decode_s_per_token']:.3f} s a token"
         )
-        return made
 
     def _limit_beside_compute(self, nvme: str) -> DriveLimit:
         """What the drive gives from the first token on: both want the same memory."""
@@ -164,27 +194,44 @@ class Sweep:
 
     def _one(self, into: list[dict[str, Any]], number: int, name: str, budget: Budget, nvme: str) -> None:
         where = {"round": number, "baseline": name, "fraction": budget.fraction, "budget_bytes": budget.bytes}
+        changes = into is self.changes
+        probe = None if changes else self._probe
+        pauses = (1, self.bench.workload.new_tokens) if probe else ()
+        speeds: list[float] = []
+
+        def on_token(count: int) -> None:
+            if probe and count in pauses:
+                speeds.append(measure_reading(self.bench.folder, probe, self._probe_bytes))
+
         before = self._limit(nvme)
         try:
-            made = self._trial(name, budget, nvme, change=into is self.changes)
+            made = self._trial(name, budget, nvme, changes, on_token, pauses)
         except ChildFailed as failure:
             self.say(f"  {name} failed: {failure.message}")
             self.failures.append(where | {"reason": failure.message})
             return
         limit = mean_limit(before, self._limit(nvme))  # a drive that others share changes meanwhile
-        limits = {"limit_read_gib_s": limit.read, "limit_write_gib_s": limit.write}
-        into.append(where | limits | made)
+        read = fmean(speeds) if speeds else limit.read
+        into.append(where | {"limit_read_gib_s": read, "limit_write_gib_s": limit.write} | made)
+        if not changes:
+            self._since.append(into[-1])
         self.say(
             f"  {budget.fraction:.2f} of the KV, {name}: prefill {made['prefill_s']:.2f} s, "
             f"{made['decode_s_per_token']:.3f} s a token"
         )
 
     def _trial(
-        self, name: str, budget: Budget, nvme: str, change: bool = False, on_token: OnToken = no_one
+        self,
+        name: str,
+        budget: Budget,
+        nvme: str,
+        change: bool = False,
+        on_token: OnToken = no_one,
+        pauses: tuple[int, ...] = (),
     ) -> dict[str, Any]:
         """Raises ChildFailed."""
         with tempfile.TemporaryDirectory(prefix="sweep-", dir=self.bench.folder) as folder:
-            trial = Trial(name, self.bench.workload, self.need, budget.bytes, folder, nvme)
+            trial = Trial(name, self.bench.workload, self.need, budget.bytes, folder, nvme, pauses=pauses)
             self._drop_caches()
             with self._limited(budget.bytes if name != COMPUTE else None) as limit:
                 trial = replace(trial, cgroup=limit.directory if limit else None)
@@ -236,6 +283,7 @@ class Sweep:
             "model": workload.model,
             "workload": asdict(workload) | {"prefill_chunk": workload.chunk},
             "target": self.bench.nvme or f"a file in {self.bench.folder}",
+            "limit_measured": "around decode" if self._probe else "around each run",
             "folder": str(self.bench.folder),
             "need": asdict(self.need) | {"base": self.need.base},
             "budgets": [asdict(budget) for budget in self.budgets],

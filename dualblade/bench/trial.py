@@ -36,7 +36,8 @@ NOTHING = Reading(None, 0.0)
 @dataclass(frozen=True, slots=True)
 class Trial:
     """budget: bytes of the whole process. folder: of this run alone. cgroup: the directory of the memory
-    cgroup that the process enters, or None."""
+    cgroup that the process enters, or None. pauses: tokens at which telling may take long; the time is no
+    token's."""
 
     baseline: str
     workload: Workload
@@ -45,6 +46,7 @@ class Trial:
     folder: str
     nvme: str | None = None
     cgroup: str | None = None
+    pauses: tuple[int, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,12 +54,13 @@ class Trial:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Trial:
         parts = {"workload": Workload(**plain["workload"]), "need": Need(**plain["need"])}
-        return cls(**plain | parts)
+        return cls(**plain | parts | {"pauses": tuple(plain["pauses"])})
 
 
 @dataclass(slots=True)
 class Watch:
-    """Looks on at every token: when it came, and what had been read by then."""
+    """Looks on at every token: when it came, and what had been read by then. Of the first one it tells before
+    it counts, of the others afterwards."""
 
     subject: Subject
     tell: Callable[[int], None]
@@ -66,11 +69,14 @@ class Watch:
     last: Reading = NOTHING
 
     def on_token(self, ids: list[int]) -> None:
+        if not self.times:
+            self.tell(1)
         self.times.append(time.perf_counter())
         self.last = self.subject.reading()
         if len(self.times) == 1:
             self.first = self.last
-        self.tell(len(self.times))
+        else:
+            self.tell(len(self.times))
 
 
 class WatchedGeneration(Generation):

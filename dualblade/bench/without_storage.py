@@ -25,6 +25,9 @@ class NoStorage(RawPath):
         """A null queue is one file."""
         return super().transfer(op, key, [piece._replace(file=0) for piece in pieces], *more, **others)
 
+    def tune(self, queue_depth: int, command_bytes: int) -> None:
+        """Nothing is ever in flight."""
+
 
 @contextmanager
 def without_storage(store: KVStore) -> Iterator[None]:

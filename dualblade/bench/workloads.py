@@ -13,6 +13,7 @@ from dualblade import loading, models
 from dualblade.attention import implementation
 from dualblade.errors import ConfigError, UsageError
 from dualblade.layers import kept_bytes, kv_specs
+from dualblade.layout import PAGE, chunk_bytes
 from dualblade.live import KERNEL_PART
 from dualblade.runner import Prompt, random_prompt
 from dualblade.tensors import TensorSpec
@@ -37,7 +38,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 ROWS = 512  # of a matrix product in prefill
 STAGED_LAYERS = 2  # K and V of the layer that is computed and of the one that comes
-HEAP_SLACK = 64 * MIB  # thread stacks, page tables, what the allocator keeps
+# Thread stacks, page tables, what the allocator keeps, code of the libraries that computing first touches: a
+# run with 2 GiB of KV took 98 MiB more than its other parts.
+HEAP_SLACK = 112 * MIB
 # Of what the page cache holds, the kernel takes up to a 32nd beside it (see live.KERNEL_PART), charged to the
 # cgroup: a budget without it could not hold the part of the KV that it is named after.
 HELD = 1 + 1 / KERNEL_PART
@@ -67,17 +70,19 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Host memory without cached KV, in bytes. staging: K and V of two layers. kv: the whole cache."""
+    """Host memory without cached KV, in bytes. staging: K and V of two layers. moving: what blocks of `dual`
+    change paths through. kv: the whole cache."""
 
     weights: int
     runtime: int
     activations: int
     staging: int
+    moving: int
     kv: int
 
     @property
     def base(self) -> int:
-        return self.weights + self.runtime + self.activations + self.staging
+        return self.weights + self.runtime + self.activations + self.staging + self.moving
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,7 @@ def measure_need(workload: Workload, runtime: int) -> Need:
         runtime=round_up(runtime + HEAP_SLACK, MIB),
         activations=_activations(workload, config, dtype, empty),
         staging=STAGED_LAYERS * 2 * largest,
+        moving=chunk_bytes([PAGE], kv),
         kv=kv,
     )
 

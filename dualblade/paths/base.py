@@ -15,6 +15,7 @@ from dualblade.units import format_size
 from spdk_glue import (
     READ,
     WRITE,
+    WRITE_BACK,
     Copies,
     Event,
     FileRegion,
@@ -24,6 +25,8 @@ from spdk_glue import (
     TransferError,
     TransferTimeout,
 )
+
+VERBS = {READ: "reads", WRITE: "writes", WRITE_BACK: "write-backs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +172,27 @@ class StoragePath(ABC):
         except OSError as error:
             raise self.error_of(key, op, error) from error
 
+    def write_back(self, key: TensorKey, pieces: Sequence[Piece]) -> list[Ticket]:
+        """Begin to bring to the medium what was just written; nothing where writing does that."""
+        return []
+
+    def check_kept(self, key: TensorKey) -> None:  # noqa: B027 (a transfer past the page cache tells by itself)
+        """Behind whatever was read, before it is used: is it what was written? Raises StorageError."""
+
     def outcome(self, ticket: Ticket, tag: int) -> StorageError | None:
         try:
             done = self.queue.wait(tag, self.timeout_s)
         except OSError as error:
             return self.error_of(ticket.key, ticket.op, error)
+        if ticket.op == READ:
+            try:
+                self.check_kept(ticket.key)
+            except StorageError as error:
+                return error
         if self.trace is not None:
-            verb = "reads" if ticket.op == READ else "writes"
-            self.trace.add(f"{self.kind.value} {verb}", str(ticket.key), done.begun_s, done.ended_s)
+            self.trace.add(
+                f"{self.kind.value} {VERBS[ticket.op]}", str(ticket.key), done.begun_s, done.ended_s
+            )
         return None
 
     def wrote_in_place(self, nbytes: int) -> None:

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 
 from dualblade.paths.base import Room, StoragePath
 from dualblade.tensors import PathKind, TensorKey
+from dualblade.units import MIB
+from spdk_glue import QueueOptions
 
 if TYPE_CHECKING:
     from dualblade.extents import Extent
     from dualblade.targets import OpenTarget
     from dualblade.volume import Volume
+
+
+# Commands are short where blocks are cached in part, or a group is not full yet. As many as move what 32 long
+# ones do are in flight, so that the drive has work while attention keeps every CPU from sending more.
+OPTIONS = QueueOptions(queue_depth=128, command_bytes=MIB, in_flight_bytes=32 * MIB)
 
 
 class DirectPath(StoragePath):

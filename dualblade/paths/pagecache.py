@@ -9,16 +9,29 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualblade.errors import CapacityError, TargetError
+from dualblade.errors import CapacityError, StorageError, TargetError
 from dualblade.extents import LBA, Extent, ExtentAllocator, lbas_for
-from dualblade.paths.base import Room, StoragePath
+from dualblade.paths.base import Room, StoragePath, Ticket
 from dualblade.target_files import check_room
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
-from spdk_glue import FileRegion, GlueError, Queue, QueueOptions, file_facts, on_lost_page, punch
+from spdk_glue import (
+    WRITE_BACK,
+    FileRegion,
+    GlueError,
+    Piece,
+    Queue,
+    QueueOptions,
+    check_written,
+    file_facts,
+    on_lost_page,
+    plain,
+    punch,
+)
 
 # Inserting pages is serialised per file, so neighbouring tensors go to different files.
 FILES = 4
+MOST_WRITTEN_BACK = 1 << 30  # with one command
 _FILE_LBAS = 1 << 31  # addresses of a file: 8 TiB, of which only what is used takes space
 # Copies out of the page cache are made by worker threads side by side, in pieces of this size.
 OPTIONS = QueueOptions(queue_depth=16, command_bytes=1 << 20, workers=True)
@@ -39,6 +52,15 @@ def _open_private(folder: Path) -> int:
     return fd
 
 
+def _lost_writes(fd: int) -> int:
+    """An errno, or 0."""
+    try:
+        check_written(fd)
+    except GlueError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
 class PageCachePath(StoragePath):
     """Rooms on a few files in `folder`. Their disk space is allocated up front, so writing pages
     back can never run out of it."""
@@ -49,6 +71,7 @@ class PageCachePath(StoragePath):
     def __init__(self, folder: Path, timeout_s: float = 60.0, options: QueueOptions = OPTIONS):
         self.folder = folder
         self.fds: list[int] = []
+        self._lost = 0  # errno
         try:
             for _ in range(FILES):
                 self.fds.append(_open_private(folder))
@@ -82,6 +105,29 @@ class PageCachePath(StoragePath):
             extent = self._spaces[file].allocate(lbas_for(nbytes))
             rooms.append(Room(key, self.kind, file, extent.offset, nbytes))
         return rooms
+
+    def write_back(self, key: TensorKey, pieces: Sequence[Piece]) -> list[Ticket]:
+        ranges = [
+            plain(piece.offset + at, 0, min(MOST_WRITTEN_BACK, piece.span - at), piece.file)
+            for piece in pieces
+            for at in range(0, piece.span, MOST_WRITTEN_BACK)
+        ]
+        return [self.transfer(WRITE_BACK, key, ranges)] if ranges else []
+
+    def check_kept(self, key: TensorKey) -> None:
+        """The kernel writes pages back when it likes. Where it could not it goes on as if it had, tells so
+        once, and reads zeros after it has dropped them: nothing is served from then on."""
+        if not self._lost:
+            self._lost = next(filter(None, map(_lost_writes, self.fds)), 0)
+        if self._lost:
+            raise StorageError(
+                f"{key} may be lost: KV in the page cache could not be written to the drive of "
+                f"{self.folder}: {os.strerror(self._lost)}",
+                "the KV cache is incomplete, so generation stopped; check that drive and its free space, or "
+                "choose another with --cache-dir",
+                errno=self._lost,
+                tensor=str(key),
+            )
 
     def map(self, room: Room) -> FileRegion:
         on_lost_page(LOST_PAGE)

@@ -21,7 +21,7 @@ struct command {
     uint64_t moved;
     struct iovec *iov;    /* owned by the queue, iov_capacity long */
     unsigned first, niov; /* iov[first .. first + niov) is still to move */
-    uint64_t span;        /* TRIM: how many bytes */
+    uint64_t span;        /* TRIM, WRITE_BACK: how many bytes */
     uint32_t piece;       /* of the transfer, and where in it the command begins */
     uint64_t begin;
     uint64_t range[2];    /* uring_cmd: what TRIM hands to the controller */
@@ -45,6 +45,7 @@ struct event {
 struct engine_ops {
     const char *name;
     int trims; /* submit() takes GLUE_TRIM */
+    int writes_back; /* submit() takes GLUE_WRITE_BACK */
     /* Required. 0 or -errno. May change queue_depth and command_bytes to what the medium takes. */
     int (*open)(void **self, glue_options *options);
     /* Required. Take a command; 0, or -EAGAIN when full. */
@@ -68,6 +69,14 @@ struct engine_ops {
 };
 
 extern const struct engine_ops engine_uring, engine_uring_cmd, engine_posix, engine_spdk, engine_mem, engine_null;
+
+/* Commands in flight that move as much as was asked for, where the medium takes at most `most` bytes a command. */
+static inline uint32_t depth_with(const glue_options *options, uint32_t most)
+{
+    uint64_t wanted = options->in_flight_bytes ? options->in_flight_bytes / most
+                                               : (uint64_t)options->queue_depth * (options->command_bytes / most);
+    return wanted > options->queue_depth ? (uint32_t)wanted : options->queue_depth;
+}
 
 uint64_t clock_ns(void);
 /* For pthread_cond_timedwait on a condition of cond_init_monotonic; now where timeout_ns is negative. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Ordinary files and block devices through threads that call preadv and pwritev: for machines where
  * io_uring is forbidden or was not there at build time. */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -28,6 +29,13 @@ struct posix_engine {
     pthread_t threads[MAX_THREADS];
 };
 
+/* Where the kernel knows no such call it writes pages back when it likes. */
+static int begin_write_back(int fd, const struct command *command)
+{
+    int error = sync_file_range(fd, (off_t)command->offset, (off_t)command->span, SYNC_FILE_RANGE_WRITE);
+    return error && errno == ENOSYS ? 0 : error;
+}
+
 static int64_t carry_out(const struct posix_engine *engine, const struct command *command)
 {
     int fd = engine->fds[command->file];
@@ -35,6 +43,8 @@ static int64_t carry_out(const struct posix_engine *engine, const struct command
     ssize_t moved;
     if (command->op == GLUE_FLUSH)
         moved = fdatasync(fd);
+    else if (command->op == GLUE_WRITE_BACK)
+        moved = begin_write_back(fd, command);
     else if (command->op == GLUE_READ)
         moved = preadv(fd, iov, (int)command->niov, (off_t)command->offset);
     else
@@ -193,6 +203,7 @@ static void posix_wake(void *self)
 
 const struct engine_ops engine_posix = {
     .name = "posix",
+    .writes_back = 1,
     .open = posix_open,
     .submit = posix_submit,
     .wait = posix_wait,

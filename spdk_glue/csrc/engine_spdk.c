@@ -269,7 +269,7 @@ static void fit_options(const struct controller *controller, glue_options *optio
 {
     uint32_t most = spdk_nvme_ns_get_max_io_xfer_size(controller->ns) / 4096 * 4096;
     if (options->command_bytes > most) {
-        options->queue_depth *= options->command_bytes / most;
+        options->queue_depth = depth_with(options, most);
         options->command_bytes = most;
     }
     if (options->queue_depth > MAX_DEPTH)

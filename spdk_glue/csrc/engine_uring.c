@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Ordinary files and block devices through io_uring. */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 
 #include "ring_uring.h"
@@ -64,10 +66,13 @@ static int uring_submit(void *self, struct command *command)
         return -EAGAIN;
     if (command->op == GLUE_FLUSH)
         io_uring_prep_fsync(sqe, (int)command->file, IORING_FSYNC_DATASYNC);
+    else if (command->op == GLUE_WRITE_BACK)
+        io_uring_prep_sync_file_range(sqe, (int)command->file, (unsigned)command->span, command->offset,
+                                      SYNC_FILE_RANGE_WRITE);
     else
         prepare_transfer(engine, sqe, command);
     sqe->flags |= IOSQE_FIXED_FILE;
-    if (engine->flags & GLUE_WORKERS && command->op != GLUE_FLUSH)
+    if (engine->flags & GLUE_WORKERS && command->op < GLUE_WRITE_BACK)
         sqe->flags |= IOSQE_ASYNC;
     io_uring_sqe_set_data(sqe, command);
     return 0;
@@ -81,6 +86,7 @@ static void uring_close(void *self)
 
 const struct engine_ops engine_uring = {
     .name = "uring",
+    .writes_back = 1,
     .open = uring_open,
     .submit = uring_submit,
     .wait = ring_wait,

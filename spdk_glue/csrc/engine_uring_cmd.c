@@ -179,7 +179,7 @@ static void fit_options(const glue_medium *medium, glue_options *options)
     uint32_t most = medium->max_command_bytes, asked = options->queue_depth;
     if (options->command_bytes <= most)
         return;
-    uint32_t wanted = asked * (options->command_bytes / most);
+    uint32_t wanted = depth_with(options, most);
     options->queue_depth = wanted < MAX_DEPTH ? wanted : asked > MAX_DEPTH ? asked : MAX_DEPTH;
     options->command_bytes = most;
 }

@@ -15,9 +15,11 @@ enum {
     GLUE_READ = 0,
     GLUE_WRITE = 1,
     GLUE_TRIM = 2,     /* the medium may forget the pieces (NVMe: deallocate); they name no memory */
-    GLUE_FLUSH = 3,    /* completes when every transfer submitted before it is durable */
-    GLUE_REGISTER = 4, /* piece 0 names memory to register with the engine; result 1 done, 0 without */
-    GLUE_UNREGISTER = 5
+    GLUE_WRITE_BACK = 3, /* buffered files: begin to write dirty pages of the pieces to the medium, once what
+                            was submitted before has been written; they name no memory, at most 1 GiB each */
+    GLUE_FLUSH = 4,    /* completes when every transfer submitted before it is durable */
+    GLUE_REGISTER = 5, /* piece 0 names memory to register with the engine; result 1 done, 0 without */
+    GLUE_UNREGISTER = 6
 };
 
 /* A strided piece of one transfer. On the medium it is contiguous from `offset`, in block order
@@ -90,6 +92,7 @@ typedef struct {
     uint32_t max_transfers;  /* transfers accepted and not yet reaped */
     uint32_t flags;
     uint32_t drain_ms;       /* what closing grants commands in flight */
+    uint64_t in_flight_bytes; /* that commands in flight move, together; 0 for what queue_depth says */
     uint64_t capacity;       /* mem, null: bytes */
     uint64_t bandwidth;      /* mem: bytes a second, 0 for as fast as memory */
     uint64_t latency_ns;     /* mem: added to every command */
@@ -269,6 +272,9 @@ int glue_file_facts_of(int fd, glue_file_facts *out);
 int glue_cached_pages(int fd, glue_cached *out);
 /* Give back a range of the file, its pages and its blocks: it reads as zeros. 0 or -errno. */
 int glue_punch(int fd, uint64_t offset, uint64_t bytes);
+/* Could the kernel not write a dirty page of the file since this was asked last? 0, or -errno, told once: such
+ * pages count as clean, are dropped some time, and then read without an error as what the medium had before. */
+int glue_lost_writes(int fd);
 /* Of memory that maps a file: make `runs` ranges present, each `bytes` long, `stride` apart. Returns the bytes
  * that were not, or -errno: -EIO where the file cannot be read, and a touch would raise SIGBUS. Of ranges at
  * most 64 KiB apart, what lies between them counts, too. */

@@ -8,7 +8,7 @@
 
 #include "queue.h"
 
-enum { EVENTS = 64, STORE_SHARE = 4, HELD_NS = 50000 };
+enum { EVENTS = 64, HELD_NS = 50000 };
 
 static int pieces_overlap(const struct transfer *a, const struct transfer *b)
 {
@@ -27,6 +27,8 @@ static int must_wait(const struct transfer *earlier, const struct transfer *late
 {
     if (later->op == GLUE_FLUSH)
         return earlier->op == GLUE_WRITE || earlier->op == GLUE_TRIM;
+    if (later->op == GLUE_WRITE_BACK && earlier->op != GLUE_WRITE)
+        return 0;
     if (earlier->op > GLUE_TRIM || (earlier->op == GLUE_READ && later->op == GLUE_READ))
         return 0;
     return pieces_overlap(earlier, later);
@@ -36,43 +38,6 @@ static void count_waits(glue_queue *queue, struct transfer *transfer)
 {
     for (struct transfer *earlier = queue->active.first; earlier; earlier = earlier->next)
         transfer->waits_for += (uint32_t)must_wait(earlier, transfer);
-}
-
-static void busy_begin(glue_queue *queue, int op)
-{
-    uint64_t now = clock_ns();
-    if (!queue->in_flight++)
-        queue->busy_since = now;
-    if (op == GLUE_READ && !queue->reads_in_flight++)
-        queue->read_since = now;
-    if (op == GLUE_WRITE && !queue->writes_in_flight++)
-        queue->write_since = now;
-}
-
-static void busy_end(glue_queue *queue, int op, uint64_t bytes)
-{
-    uint64_t now = clock_ns();
-    queue->in_flight--;
-    queue->reads_in_flight -= op == GLUE_READ;
-    queue->writes_in_flight -= op == GLUE_WRITE;
-    pthread_mutex_lock(&queue->lock);
-    glue_stats *stats = &queue->stats;
-    stats->commands++;
-    if (queue->in_flight + 1 > stats->max_in_flight)
-        stats->max_in_flight = queue->in_flight + 1;
-    /* at every end: a queue that is never idle must count, too */
-    stats->busy_ns += now - queue->busy_since;
-    queue->busy_since = now;
-    if (op == GLUE_READ) {
-        stats->read_bytes += bytes;
-        stats->read_busy_ns += now - queue->read_since;
-        queue->read_since = now;
-    } else if (op == GLUE_WRITE) {
-        stats->write_bytes += bytes;
-        stats->write_busy_ns += now - queue->write_since;
-        queue->write_since = now;
-    }
-    pthread_mutex_unlock(&queue->lock);
 }
 
 static void fail_transfer(struct transfer *transfer, const struct command *command, const struct event *event)
@@ -139,15 +104,12 @@ static int start_command(glue_queue *queue, struct command *command)
         return 0;
     struct event event = {.command = command, .result = error};
     fail_transfer(command->owner, command, &event);
-    busy_end(queue, command->op, 0);
+    in_flight_end(queue, command, 0);
     release_command(queue, command);
     return error;
 }
 
-/* Loads go first: attention waits for them, and nobody for stores. While there are both, a share of the
- * depth is for stores alone, and no more than that. */
-enum lane { LOADS, STORES };
-
+/* Loads go first: attention waits for them, and nobody for stores. */
 static enum lane lane_of(const struct transfer *transfer)
 {
     return transfer->op == GLUE_READ ? LOADS : STORES;
@@ -166,15 +128,7 @@ static int any_startable(const glue_queue *queue, enum lane lane)
     return 0;
 }
 
-/* Is there room in the lane for one more command? */
-static int has_room(const glue_queue *queue, enum lane lane, uint32_t limit)
-{
-    uint32_t loads = queue->reads_in_flight;
-    return queue->free_commands && queue->in_flight < queue->depth &&
-           (lane == LOADS ? loads : queue->in_flight - loads) < limit;
-}
-
-static void cut_and_start(glue_queue *queue, struct transfer *transfer, uint32_t limit)
+static void cut_and_start(glue_queue *queue, struct transfer *transfer, struct limit limit)
 {
     enum lane lane = lane_of(transfer);
     if (!transfer->done.begun_ns)
@@ -184,13 +138,13 @@ static void cut_and_start(glue_queue *queue, struct transfer *transfer, uint32_t
         queue->free_commands = command->next;
         command_cut(queue, transfer, command);
         transfer->in_flight++;
-        busy_begin(queue, command->op);
+        in_flight_begin(queue, command);
         if (start_command(queue, command))
             return; /* the transfer may be gone */
     }
 }
 
-static void start_lane(glue_queue *queue, enum lane lane, uint32_t limit)
+static void start_lane(glue_queue *queue, enum lane lane, struct limit limit)
 {
     struct transfer *next;
     for (struct transfer *transfer = queue->active.first; transfer && has_room(queue, lane, limit); transfer = next) {
@@ -231,11 +185,10 @@ static void let_go_of_held(glue_queue *queue)
 static void start_ready(glue_queue *queue)
 {
     let_go_of_held(queue);
-    uint32_t depth = queue->depth, share = depth < 8 ? 1 : depth / STORE_SHARE;
     int stores = any_startable(queue, STORES);
-    start_lane(queue, LOADS, stores && depth > 1 ? depth - share : depth);
+    start_lane(queue, LOADS, limit_of_loads(queue, stores));
     if (stores)
-        start_lane(queue, STORES, queue->reads_in_flight ? share : depth);
+        start_lane(queue, STORES, limit_of_stores(queue));
 }
 
 /* What has arrived goes on to the device at once. */
@@ -274,7 +227,7 @@ static void handle_event(glue_queue *queue, struct event *event)
         transfer->done.result += (int64_t)command->moved;
         start_copies(queue, transfer, command);
     }
-    busy_end(queue, command->op, command->moved);
+    in_flight_end(queue, command, command->moved);
     release_command(queue, command);
 }
 

@@ -229,19 +229,23 @@ static int piece_fits(const glue_piece *piece)
            !__builtin_add_overflow(piece->offset, bytes > apart ? bytes : apart, &end) && end <= INT64_MAX;
 }
 
+enum { MOST_WRITTEN_BACK = 1 << 30 }; /* io_uring takes 32 bits */
+
 static int pieces_check(const glue_queue *queue, int op, const glue_piece *pieces, uint32_t count)
 {
     if (op < GLUE_READ || op > GLUE_UNREGISTER || !count)
         return -EINVAL;
-    if (op == GLUE_TRIM && !queue->ops->trims)
+    if ((op == GLUE_TRIM && !queue->ops->trims) || (op == GLUE_WRITE_BACK && !queue->ops->writes_back))
         return -ENOTSUP;
     for (uint32_t i = 0; i < count; i++) {
         const glue_piece *piece = &pieces[i];
         if (piece->file >= queue->options.num_files && piece->file)
             return -EINVAL;
-        if (op == GLUE_TRIM && piece->medium_stride)
+        if ((op == GLUE_TRIM || op == GLUE_WRITE_BACK) && piece->medium_stride)
             return -EINVAL;
-        if (op <= GLUE_TRIM && (!piece->run_bytes || !piece->heads || !piece->blocks || !piece_fits(piece)))
+        if (op < GLUE_FLUSH && (!piece->run_bytes || !piece->heads || !piece->blocks || !piece_fits(piece)))
+            return -EINVAL;
+        if (op == GLUE_WRITE_BACK && piece_bytes(piece) > MOST_WRITTEN_BACK)
             return -EINVAL;
     }
     return 0;

@@ -56,11 +56,20 @@ struct glue_queue {
     struct iovec *iovecs;
     unsigned iov_capacity;
     uint32_t in_flight, reads_in_flight, writes_in_flight;
+    uint64_t bytes_in_flight, read_bytes_in_flight;
     uint64_t busy_since, read_since, write_since;
     int given_up;
     int held;         /* some transfer is */
     uint64_t ask_at;  /* the device again */
     int draining;     /* what arrives from here on is nobody's */
+};
+
+enum lane { LOADS, STORES };
+
+/* What may be in flight. */
+struct limit {
+    uint32_t commands;
+    uint64_t bytes;
 };
 
 void *io_thread(void *queue);
@@ -73,6 +82,15 @@ void transfer_free(struct transfer *transfer);
 void command_cut(glue_queue *queue, struct transfer *transfer, struct command *command);
 /* Skip what was moved, so that the same command goes on. */
 void command_advance(struct command *command, uint64_t moved);
+
+void in_flight_begin(glue_queue *queue, const struct command *command);
+/* bytes: that it has moved. */
+void in_flight_end(glue_queue *queue, const struct command *command, uint64_t bytes);
+/* Is there room in the lane for one more command? */
+int has_room(const glue_queue *queue, enum lane lane, struct limit limit);
+/* stores: are there any to be started? */
+struct limit limit_of_loads(const glue_queue *queue, int stores);
+struct limit limit_of_stores(const glue_queue *queue);
 
 static inline uint64_t piece_bytes(const glue_piece *piece)
 {

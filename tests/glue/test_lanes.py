@@ -4,20 +4,32 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from media import array, noise
 
-from spdk_glue import PAGE, READ, WRITE, GlueError, MemOptions, Queue, QueueOptions, Region, plain
+from spdk_glue import (
+    PAGE,
+    READ,
+    WRITE,
+    GlueError,
+    MemOptions,
+    Queue,
+    QueueOptions,
+    Region,
+    TransferError,
+    plain,
+)
 
 COMMANDS = 64
 SIZE = COMMANDS * PAGE
 SLOW = MemOptions(latency_us=500)
 
 
-def queue(depth: int, command: int = PAGE) -> Queue:
-    return Queue.memory(4 * SIZE, QueueOptions(depth, command), SLOW)
+def queue(depth: int, command: int = PAGE, in_flight_bytes: int = 0) -> Queue:
+    return Queue.memory(4 * SIZE, QueueOptions(depth, command, in_flight_bytes=in_flight_bytes), SLOW)
 
 
 def ended(queue: Queue, *transfers: tuple[int, int]) -> list[float]:
@@ -42,6 +54,35 @@ def test_stores_are_not_starved(depth: int) -> None:
     with queue(depth) as opened:
         load, store = ended(opened, (READ, 3 * COMMANDS), (WRITE, COMMANDS // 8))
         assert store < load, "a share of the depth is the stores' own"
+
+
+@pytest.mark.parametrize(("command", "most"), [(PAGE, 32), (2 * PAGE, 16), (8 * PAGE, 4), (SIZE, 1)])
+def test_bytes_in_flight_are_bounded_too(command: int, most: int) -> None:
+    """So many short commands, or so few long ones; one may go beyond, or none would ever start."""
+    with queue(32, command, in_flight_bytes=32 * PAGE) as opened, Region(SIZE) as region:
+        for op in (WRITE, READ):
+            opened.run(op, [plain(0, region.address, SIZE)])
+        assert opened.stats().max_in_flight == most
+
+
+@pytest.mark.parametrize("command", [PAGE, 4 * PAGE])
+def test_loads_and_stores_share_the_bytes_in_flight(command: int) -> None:
+    """In either order; what both want is more than there may be."""
+    with queue(64, command, in_flight_bytes=16 * PAGE) as opened:
+        load, store = ended(opened, (READ, 3 * COMMANDS), (WRITE, COMMANDS // 8))
+        assert store < load
+        store, load = ended(opened, (WRITE, 2 * COMMANDS), (READ, COMMANDS))
+        assert load < store
+
+
+def test_what_a_failed_command_was_to_move_is_in_flight_no_more() -> None:
+    with queue(8, PAGE, in_flight_bytes=4 * PAGE) as opened, Region(SIZE) as region:
+        for kind in ("error", "torn"):
+            opened.fault(kind, READ, 0, 4 * PAGE, count=8)
+            with suppress(TransferError):
+                opened.run(READ, [plain(0, region.address, 8 * PAGE)])
+        opened.run(READ, [plain(16 * PAGE, region.address, 32 * PAGE)])
+        assert opened.stats().max_in_flight == 4
 
 
 def test_a_load_waits_for_the_store_of_the_same_bytes() -> None:

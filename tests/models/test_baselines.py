@@ -53,7 +53,7 @@ def stage_of(way: Way, folder: Path) -> Stage:
     config = model_of(way.family, way.dtype).config
     specs = kv_specs(config, way.batch, TOKENS, way.dtype.itemsize)
     kv = sum(spec.tokens * spec.token_bytes for spec in specs)
-    need = Need(weights=MIB, runtime=64 * MIB, activations=16 * MIB, staging=kv, kv=kv)
+    need = Need(weights=MIB, runtime=64 * MIB, activations=16 * MIB, staging=kv, moving=0, kv=kv)
     return Stage(config, specs, way.dtype, need, 8 << 30, folder, None, TOKENS, way.batch)
 
 

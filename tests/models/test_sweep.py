@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from dualblade.units import GIB, MIB
 
 SMALL = ["--model", "tiny", "--context", "300", "--new-tokens", "3", "--keep-caches"]
 WORKLOAD = Workload("tiny", context=300, new_tokens=3)
+ROOMY = 3 * GIB  # for a trial in this process, with all that other tests have left in it
 ROW = {
     "baseline", "budget_bytes", "kv_bytes", "prefill_s", "decode_s_per_token", "compute_s_per_token",
     "read_gib_s", "ssd_utilisation", "peak_bytes",
@@ -129,33 +131,90 @@ def test_no_space(
 
 
 @pytest.mark.needs("uring", "o_direct")
-def test_the_drive_is_measured_before_and_after_each_run(
-    direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("own", [False, True])
+def test_the_drive_is_measured_around_each_run_and_its_decoding(
+    own: bool, direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A drive that gets faster with every measurement."""
-    limits = (DriveLimit(read=number, write=2 * number) for number in count(1.0))
-    monkeypatch.setattr("dualblade.bench.sweep.measure_limit", lambda *_: next(limits))
+    """A drive that gets faster with every measurement. own: a volume of the user's, which a run locks."""
+    speeds = count(1.0)
+
+    def measured(*_: object) -> DriveLimit:
+        speed = next(speeds)
+        return DriveLimit(read=speed, write=2 * speed)
+
+    monkeypatch.setattr("dualblade.bench.sweep.measure_limit", measured)
+    monkeypatch.setattr("dualblade.bench.sweep.measure_reading", lambda *_: next(speeds))
     words = ["--budgets", "0.5", "--baselines", "direct-qd1,direct", "--rounds", "1", "--json"]
+    if own:
+        target = direct_dir / "drive.kv"
+        assert main(["volume", "create", str(target), "--capacity", "256M"]) == 0
+        capsys.readouterr()
+        words += ["--nvme", str(target)]
     assert sweep(direct_dir, *words) == 0
     record = json.loads(capsys.readouterr().out)
-    assert [run["limit_read_gib_s"] for run in record["runs"]] == [2.5, 4.5], "1 was beside compute"
-    assert [run["limit_write_gib_s"] for run in record["runs"]] == [5.0, 9.0]
-    for row in record["rows"]:
-        limit = {"direct-qd1": 2.5, "direct": 4.5}[row["baseline"]]
+    # 1 was beside compute; then before a run, at its first token, at its last, and after it
+    read, write = ([2.5, 4.5], [5.0, 9.0]) if own else ([3.5, 7.5], [7.0, 15.0])
+    assert [run["limit_read_gib_s"] for run in record["runs"]] == read
+    assert [run["limit_write_gib_s"] for run in record["runs"]] == write
+    assert record["limit_measured"] == ("around each run" if own else "around decode")
+    for row, limit in zip(record["rows"], read, strict=True):
         assert row["ssd_utilisation"] == pytest.approx(row["read_gib_s"] / limit)
 
 
 @pytest.mark.needs("uring", "o_direct")
-def test_compute_alone_is_measured_around_the_runs_of_each_budget(
-    direct_dir: Path, capsys: pytest.CaptureFixture[str]
+def test_a_pause_is_no_tokens_time(direct_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is far ahead after the first token and after the last."""
+    ahead = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead[0])
+    monkeypatch.setattr(trials, "time", clock)
+
+    def tell(number: int) -> None:
+        ahead[0] += 1e6 if number in (1, WORKLOAD.new_tokens) else 0
+
+    record = run_trial(trial_in(direct_dir, budget=ROOMY), tell)
+    assert sum(record["steps_s"]) < 1e6 > record["prefill_s"]
+
+
+@pytest.mark.needs("uring", "o_direct")
+def test_a_child_waits_where_its_trial_pauses(direct_dir: Path) -> None:
+    """The second token comes a step after the pause, and does not lie ready."""
+    ended: list[float] = []
+
+    def on_token(number: int) -> None:
+        if number == 1:
+            time.sleep(1)
+        ended.append(time.monotonic())
+
+    record = run_child(trial_in(direct_dir, pauses=(1,)), on_token)
+    assert ended[1] - ended[0] > record["steps_s"][0] / 2
+
+
+@pytest.mark.needs("uring", "o_direct")
+@pytest.mark.parametrize(
+    ("budgets", "baselines", "before"),
+    [
+        ("0.5,1", "direct", (0, 1, 3, 4)),
+        ("3G", "direct-qd1,direct,dual", (0, 0, 1, 3, 4, 5, 7, 8, 8)),  # ours last, in the middle, first
+    ],
+)
+def test_compute_alone_is_measured_around_budgets_and_ours(
+    budgets: str,
+    baselines: str,
+    before: tuple[int, ...],
+    direct_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ["--budgets", "0.5,1", "--baselines", "direct", "--rounds", "2", "--json"]
-    assert sweep(direct_dir, *words) == 0
+    """before: which of all was the last one before each run. In this process, for their order alone."""
+    monkeypatch.setattr("dualblade.bench.sweep.run_child", run_trial)
+    rounds = len(before) // (budgets.count(",") + 1) // (baselines.count(",") + 1)
+    words = ["--budgets", budgets, "--baselines", baselines, "--rounds", str(rounds), "--json"]
+    assert sweep(direct_dir, *words, "--no-enforce") == 0
     record = json.loads(capsys.readouterr().out)
-    assert [each["round"] for each in record["computes"]] == [0, 0, 0, 1, 1, 1]
-    assert record["rounds"] == 2
+    assert record["rounds"] == rounds
     alone = [each["prefill_s"] for each in record["computes"]]
-    around = [(alone[at] + alone[at + 1]) / 2 for at in (0, 1, 3, 4)]
+    around = [(alone[at] + alone[at + 1]) / 2 for at in before]
+    assert len(alone) == before[-1] + 2
     assert [run["compute_prefill_s"] for run in record["runs"]] == pytest.approx(around)
 
 
@@ -270,12 +329,12 @@ def test_a_trial_crosses_the_border(tmp_path: Path) -> None:
 
 # plans --------------------------------------------------------------------------------------
 
-NEED = Need(weights=100, runtime=1000, activations=10, staging=40, kv=160)
+NEED = Need(weights=100, runtime=1000, activations=10, staging=40, moving=0, kv=160)
 
 
 def test_a_budget_is_the_base_and_a_part_of_the_kv() -> None:
     """And a 32nd of that part, which the kernel takes beside cached pages."""
-    need = Need(weights=GIB, runtime=GIB, activations=0, staging=GIB, kv=32 * GIB)
+    need = Need(weights=GIB, runtime=GIB, activations=0, staging=GIB, moving=0, kv=32 * GIB)
     assert read_budgets("0.25,1, 36G", need) == [
         Budget(0.25, 11 * GIB + GIB // 4),
         Budget(1.0, 36 * GIB),

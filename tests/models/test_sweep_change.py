@@ -16,7 +16,7 @@ from dualblade.host.memory_cgroup import MemoryCgroup
 from dualblade.host.sysfs import Host
 from dualblade.units import MIB
 
-NEED = Need(weights=100, runtime=100, activations=100, staging=100, kv=1000)
+NEED = Need(weights=100, runtime=100, activations=100, staging=100, moving=0, kv=1000)
 BUDGET = Budget(0.5, 900)
 WORDS = ["bench", "sweep", "--model", "tiny", "--context", "300", "--keep-caches", "--rounds", "1"]
 

@@ -10,7 +10,7 @@ from stores import MemPath
 from dualblade.paths.base import Room, Ticket
 from dualblade.paths.pagecache import PageCachePath
 from dualblade.tensors import PathKind, TensorKey
-from spdk_glue import WRITE, MemOptions, Piece, QueueOptions, Region, plain
+from spdk_glue import READ, WRITE, MemOptions, Piece, QueueOptions, Region, plain
 
 RUBBISH = b"\xee"
 
@@ -25,15 +25,17 @@ def overlap(piece: Piece, room: Room) -> bool:
 
 
 class Watched:
-    """Part of a path: no room may be dropped while a transfer uses it."""
+    """Part of a path: no room may be dropped while rows are read or written there. While they go from the
+    page cache to its drive it may: punching waits for those pages."""
 
     def watch(self) -> None:
         self.under_way: list[tuple[Ticket, list[Piece]]] = []
         self.dropped_bytes = 0
 
-    def note(self, ticket: Ticket, pieces: Sequence[Piece]) -> Ticket:
+    def note(self, op: int, ticket: Ticket, pieces: Sequence[Piece]) -> Ticket:
         self.under_way = [item for item in self.under_way if not item[0].done()]
-        self.under_way.append((ticket, list(pieces)))
+        if op in (READ, WRITE):
+            self.under_way.append((ticket, list(pieces)))
         return ticket
 
     def check_drop(self, room: Room) -> None:
@@ -51,7 +53,7 @@ class DroppingPath(Watched, MemPath):
         self.watch()
 
     def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
-        return self.note(super().transfer(op, key, pieces), pieces)
+        return self.note(op, super().transfer(op, key, pieces), pieces)
 
     def drop(self, room: Room) -> bool:
         self.check_drop(room)
@@ -65,7 +67,7 @@ class WatchedPageCache(Watched, PageCachePath):
     """The real files, which read as zeros where they were punched."""
 
     def transfer(self, op: int, key: TensorKey, pieces: Sequence[Piece]) -> Ticket:
-        return self.note(super().transfer(op, key, pieces), pieces)
+        return self.note(op, super().transfer(op, key, pieces), pieces)
 
     def drop(self, room: Room) -> bool:
         self.check_drop(room)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 from leftovers import descriptors, ended, tasks
+from loop_devices import mounted
 
 from dualblade import target_files
 from dualblade.errors import CapacityError, TargetError
 from dualblade.paths import pagecache
+from dualblade.paths.base import Room
 from dualblade.paths.pagecache import FILES, PageCachePath
 from dualblade.tensors import TensorKey
 from dualblade.units import GIB, MIB
@@ -126,6 +128,22 @@ def test_released_space_comes_back(path: PageCachePath) -> None:
     assert min(room.offset for room in again) == 0
 
 
+def test_a_room_may_go_while_its_pages_go_to_the_drive(path: PageCachePath) -> None:
+    """What lies around it arrives, and none of its pages comes back."""
+    (room,) = path.allocate([(KEYS[0], 64 * MIB)])
+    with Region(room.nbytes, hugepages=False) as region:
+        region.buffer()[:] = b"k" * region.size
+        whole = plain(room.offset, region.address, room.nbytes, room.file)
+        path.transfer(WRITE, room.key, [whole]).wait()
+        under_way = path.write_back(room.key, [whole])
+        path.drop(Room(room.key, room.path, room.file, room.offset + 16 * MIB, 32 * MIB))
+        for ticket in under_way:
+            ticket.wait()
+        os.posix_fadvise(path.fds[room.file], room.offset, room.nbytes, os.POSIX_FADV_DONTNEED)
+        path.transfer(READ, room.key, [whole]).wait()
+        assert bytes(region.buffer()) == b"k" * 16 * MIB + bytes(32 * MIB) + b"k" * 16 * MIB
+
+
 def test_one_room_comes_back_alone(path: PageCachePath) -> None:
     """Its space at once, its addresses for the next; what lies around it stays."""
     rooms = path.allocate([(key, 4 * MIB) for key in KEYS])
@@ -223,19 +241,14 @@ def stack() -> Iterator[ExitStack]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An ext4 of 24 MiB of this test's own."""
-    image, folder = tmp_path / "image", tmp_path / "disk"
-    folder.mkdir()
+    image = tmp_path / "image"
     image.write_bytes(b"")
     os.truncate(image, 24 * MIB)
     made = subprocess.run(["mkfs.ext4", "-q", "-F", "-m0", str(image)], capture_output=True, check=False)
-    mounted = made.returncode == 0 and subprocess.run(
-        ["mount", "-o", "loop", str(image), str(folder)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("need loop: a small filesystem cannot be mounted here")
-    yield folder
-    # Lazily: the kernel lets a closed ring's files go a little later.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    if made.returncode:
+        pytest.skip("need loop: a small filesystem cannot be made here")
+    with mounted(tmp_path / "disk", "-o", "loop", image) as folder:
+        yield folder
 
 
 def room_left(folder: Path) -> int:

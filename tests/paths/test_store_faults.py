@@ -325,7 +325,8 @@ def test_a_ticket_outlives_ctrl_c(
     checked.append(K0, BLOCK)
     slot = checked.load(K0)
     path.queue.fault("hang", WRITE)
-    ticket = checked.store._transfers(WRITE, checked.store.tensors[K0], slot, 0, 1)[0]
+    tensor = checked.store.tensors[K0]
+    ticket = checked.store._start(WRITE, tensor, checked.store._pieces(tensor, slot, 0, 1), slot)[0]
     interrupt_after(0.05)
     with pytest.raises(KeyboardInterrupt):
         ticket.wait()

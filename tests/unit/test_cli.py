@@ -45,6 +45,21 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return streams.err.splitlines()
 
 
+@pytest.mark.parametrize("wished", [None, "active"])
+def test_torch_finds_how_its_threads_are_to_wait(wished: str | None) -> None:
+    """Before it is loaded; who has set it keeps it."""
+    code = (
+        "import os, sys; from dualblade.cli.main import main; status = main(); "
+        "print(status, 'torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": wished} if wished else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-h"], env=environment, capture_output=True, check=True
+    )
+    assert done.stdout.decode().splitlines()[-1] == f"0 False {wished or 'passive'}"
+
+
 def test_help_lists_every_command_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-h"]) == 0
     shown = capsys.readouterr().out
