@@ -21,7 +21,7 @@ CSRC = Path(__file__).parent / "csrc"
 URING_SOURCES = ["ring_uring.c", "engine_uring.c", "engine_uring_cmd.c", "nvme_generic.c"]
 SPDK_SOURCES = ["env_spdk.c", "keys_spdk.c", "controller_spdk.c", "commands_spdk.c", "engine_spdk.c"]
 CUDA_SOURCES = ["cuda_driver.c", "copy_cuda.c", "memory_cuda.c", "event_cuda.c", "copies_cuda.c"]
-COMMON = ["queue.c", "io_thread.c", "in_flight.c", "cut.c", "memory.c", "sigbus.c"]
+COMMON = ["queue.c", "io_thread.c", "in_flight.c", "slice.c", "cut.c", "memory.c", "sigbus.c"]
 COMMON += ["engine_posix.c", "engine_mem.c", "engine_null.c"]
 
 

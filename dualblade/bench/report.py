@@ -16,8 +16,8 @@ from dualblade.units import GIB, format_size
 
 Row = Mapping[str, Any]
 HEADERS = (
-    "KV held", "baseline", "prefill s", "s/token", "spread", "compute", "bound", "x bound", "x shared",
-    "vs flexgen", "vs best other", "GiB/s", "of SSD", "peak", "same bits",
+    "KV held", "baseline", "prefill s", "prefill x bound", "s/token", "spread", "compute", "bound",
+    "x bound", "x shared", "vs flexgen", "vs best other", "GiB/s", "of SSD", "peak", "same bits",
 )  # fmt: skip
 CHANGE_HEADERS = (
     "KV held", "baseline", "s/token", "before", "lowered", "after", "vs static", "peak", "same bits",
@@ -44,6 +44,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['budget_fraction']:.2f}",
         row["baseline"],
         _number(row["prefill_s"], 2),
+        _number(row.get("prefill_vs_bound"), 2),
         _number(row["decode_s_per_token"], 3),
         f"{low:.3f}-{high:.3f}",
         _number(row["compute_s_per_token"], 3),
@@ -198,8 +199,9 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "part of the KV bytes that the first column tells, with a 32nd more for what the kernel takes beside "
         f"cached pages: {_budgets(record)}. It is the same for every baseline.",
         "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
-        "cannot hold. x bound: to the mean of compute alone before and after the run, and of the limits "
-        f"just before and just after {'its decoding' if decoding else 'it'}.",
+        "cannot hold; of prefill, that of compute alone and of writing all KV. x bound: to the mean of "
+        "compute alone before and after the run, and of the limits just before and just after "
+        f"{'its decoding (for writing: the run)' if decoding else 'it'}.",
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
         "of SSD: bytes read a second while reads were under way, as a part of the drive's limit, the same "
         "mean.",

@@ -327,6 +327,7 @@ static int was_abandoned(glue_queue *queue)
 void *io_thread(void *argument)
 {
     glue_queue *queue = argument;
+    ask_for_short_slices();
     int open = open_engine(queue);
     if (was_abandoned(queue)) {
         if (open)

@@ -73,6 +73,8 @@ struct limit {
 };
 
 void *io_thread(void *queue);
+/* For the calling thread. */
+void ask_for_short_slices(void);
 int queue_memory(glue_queue *queue);
 void queue_free(glue_queue *queue);
 void list_append(struct transfer_list *list, struct transfer *transfer);
