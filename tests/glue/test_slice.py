@@ -10,6 +10,7 @@ import threading
 from typing import NamedTuple
 
 import pytest
+from leftovers import tasks
 
 from spdk_glue import PAGE, Queue, QueueOptions
 
@@ -47,10 +48,10 @@ def of_a_queue(nice: int) -> Attributes:
 
     def open_and_look() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-        before = set(os.listdir("/proc/self/task"))
+        before = tasks()
         with Queue.memory(PAGE, QueueOptions()):
-            (thread,) = set(os.listdir("/proc/self/task")) - before
-            found.append(attributes(int(thread)))
+            (thread,) = tasks() - before
+            found.append(attributes(thread))
 
     opener = threading.Thread(target=open_and_look)
     opener.start()
