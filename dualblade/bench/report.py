@@ -203,8 +203,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "compute alone before and after the run, and of the limits just before and just after "
         f"{'its decoding (for writing: the run)' if decoding else 'it'}.",
         "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
-        "of SSD: bytes read a second while reads were under way, as a part of the drive's limit, the same "
-        "mean.",
+        "of SSD: bytes that the drive gave a second while reads were under way, whatever lay there, as a "
+        "part of its limit, the same mean.",
         "x shared: to a bound that knows that attention and the drive's data share the memory's bandwidth. "
         "While it computes, the drive reads as it does beside compute (with every CPU attending to KV in "
         "memory, measured), and what is left then at its limit.",

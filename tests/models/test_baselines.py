@@ -184,7 +184,10 @@ def test_direct_qd1_has_one_command_under_way(way: Way, name: str, subject: Subj
 def test_ours_on_one_path_alone(way: Way, name: str, paths: set[PathKind], subject: Subject) -> None:
     with torch.inference_mode():
         generate(way, subject.cache)
-    assert {placement.path for placement in subject.cache.storage.store.placements} == paths
+    storage = subject.cache.storage
+    assert {placement.path for placement in storage.store.placements} == paths
+    if PathKind.DIRECT in paths:
+        assert subject.reading().bytes == storage.paths[PathKind.DIRECT].queue.stats().read_bytes
 
 
 def test_compute_alone_does_the_same_work_and_moves_nothing(tmp_path: Path) -> None:
