@@ -186,6 +186,7 @@ def test_ours_on_one_path_alone(way: Way, name: str, paths: set[PathKind], subje
         generate(way, subject.cache)
     storage = subject.cache.storage
     assert {placement.path for placement in storage.store.placements} == paths
+    storage.store.flush()
     if PathKind.DIRECT in paths:
         assert subject.reading().bytes == storage.paths[PathKind.DIRECT].queue.stats().read_bytes
 
