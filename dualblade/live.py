@@ -55,7 +55,7 @@ class LiveGovernor:
     """Told by the store of every tensor that is asked for (see store.Mover).
 
     open_path(kind, grows): makes a path that the plan had no use for; raises DualBladeError. trace: a file
-    that gets every decision as a JSON line.
+    that gets every decision as a JSON line. waited: see Facts.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class LiveGovernor:
         placer: SegmentPlacer | None = None,
         open_path: Callable[[PathKind, bool], None] | None = None,
         trace: Path | None = None,
+        waited: Callable[[], float | None] = lambda: None,
     ):
         self.tensors = tensors
         self.paths = paths
@@ -82,6 +83,7 @@ class LiveGovernor:
         self._placer = placer
         self._open_path = open_path
         self._trace = _open_trace(trace)
+        self._waited = waited
         self._keys = sorted(tensors)
         self._state = GovernorState()
         self._decided = -1
@@ -231,6 +233,7 @@ class LiveGovernor:
             some=some,
             full=full,
             steps_left=self._steps_left(),
+            waited=self._waited(),
         )
 
     def _footprint(self) -> Footprint:

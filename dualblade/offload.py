@@ -151,6 +151,7 @@ class Offload:
         governor = LiveGovernor(
             tensors, self.paths, budget, migrator, watch, self.placer,
             lambda kind, more: self._open_late(kind, grows or more), settings.governor_trace,
+            lambda: self.store.scheduler.waited,
         )  # fmt: skip
         watch.start()
         return governor

@@ -42,8 +42,9 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """prefetch_depth: layers fetched ahead. slots: staging slots, two a layer. chunk_tokens: of a slot where
-    a layer is streamed in chunks, None where it is whole."""
+    """prefetch_depth: layers fetched ahead. slots: staging slots, two a layer, or one less where no layer
+    reads both of its tensors. chunk_tokens: of a slot where a layer is streamed in chunks, None where it is
+    whole."""
 
     prefetch_depth: int
     slots: int

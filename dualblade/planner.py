@@ -110,8 +110,29 @@ def make_plan(
     plan = RunPlan(request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, [])
     if grows:
         return plan
-    plan = _placed(plan, share)
+    plan = _settled(plan, snapshot)
+    return _with_a_slot_less(plan, snapshot) if plan.in_place else plan
+
+
+def _settled(plan: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
+    """With every tensor's place, as far as its footprint goes."""
+    request = plan.request
+    plan = _placed(plan, page_cache_share(request.budget, plan.footprint, snapshot, request.page_cache))
     return _without_needless_tails(plan, snapshot) if plan.in_place else plan
+
+
+def _with_a_slot_less(plan: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
+    """Three slots instead of four, where no layer then reads two tensors: one is in use and two are on their
+    way, as many as before, and what the fourth took caches KV. A depth that was asked for is kept."""
+    request, fewer = plan.request, replace(plan.pipeline, slots=3)
+    if plan.pipeline.slots != 4 or request.prefetch_depth is not None or request.forced is not None:
+        return plan
+    tails = sum(layout.block_bytes for layout in plan.layouts.values())
+    footprint = replace(plan.footprint, staging_bytes=fewer.slots * plan.slot_bytes, tails_bytes=tails)
+    better = _settled(replace(plan, pipeline=fewer, footprint=footprint), snapshot)
+    read = [item.key.layer for item in better.placements if item.path is PathKind.DIRECT]
+    gained = better.bytes_on(PathKind.PAGE_CACHE) > plan.bytes_on(PathKind.PAGE_CACHE)
+    return better if gained and len(read) == len(set(read)) else plan
 
 
 def _placed(plan: RunPlan, share: Share) -> RunPlan:

@@ -24,6 +24,7 @@ MARGIN_PART = 8  # of the band, by which more is given up than was asked for
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
 FEW_PART = 16  # so small a part comes from the drive sooner than attention is through the others
+WAITED_PART = 0.05  # of a step; where less is waited for the drive, reading less would shorten nothing
 FEWEST_STEPS_OF_FEW = 64  # so that a copy of it, which nothing waits for, seldom pays
 
 
@@ -35,7 +36,8 @@ class Facts:
     what the process holds now beside cached KV. room: what machine and cgroups give the page-cache path,
     with what it has. resident: our pages that are in memory. refaulted: pages read back since the last
     look. some, full: per cent of the time since then in which tasks waited for memory (PSI). steps_left:
-    forward passes to come, None if unknown.
+    forward passes to come, None if unknown. waited: the part of a decoding step that was waited for storage,
+    None where it was not measured.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Facts:
     some: float = 0.0
     full: float = 0.0
     steps_left: int | None = None
+    waited: float | None = None
 
     @property
     def pressed(self) -> bool:
@@ -249,6 +252,13 @@ def _few_apart(tensors: Sequence[TensorState], limits: Limits) -> bool:
     return limits.in_place and _few(apart, len(tensors))
 
 
+def _helps(tensors: Sequence[TensorState], old: int, facts: Facts, limits: Limits) -> bool:
+    """To cache one more part of a tensor, which is copied for every token then, and `old` blocks of it now.
+    Not where what lies apart comes from the drive while attention is through the rest."""
+    idle = limits.in_place and facts.waited is not None and facts.waited < WAITED_PART
+    return not (_few_apart(tensors, limits) or (idle and old))
+
+
 def _crumbs(tensors: Sequence[TensorState], room: int, facts: Facts, limits: Limits) -> TensorState | None:
     """A tensor in part that `room` cannot complete, where nearly all others are read in place: its copy takes
     the CPU from attention, which the drive would not."""
@@ -301,7 +311,7 @@ def _promote(
         wanted = min(room // tensor.block_bytes, tensor.blocks - tensor.cached)
         old = tensor.written - tensor.cached_written
         completes = _completes(tensor, wanted, old, facts)
-        if not wanted or (not completes and _few_apart(cycle.tensors, limits)):
+        if not wanted or not (completes or _helps(cycle.tensors, old, facts, limits)):
             break
         copies = min(wanted, old, max(allowed // tensor.block_bytes, int(pays and not cycle.moves)))
         blocks = wanted if copies == old else copies

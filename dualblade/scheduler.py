@@ -40,6 +40,8 @@ class Scheduler:
     be set. store_share: of a streamed run's slots. They change in the adaptive mode alone.
 
     A step is one pass through all layers; what of a layer's time was not waited for storage is its compute.
+    waited: the part of the last decoding step that was, from the second one on (the first still has the
+    prompt's writes); None in other modes.
     """
 
     def __init__(
@@ -60,6 +62,9 @@ class Scheduler:
         self._clock = clock
         self._layer: int | None = None
         self._entered = (0.0, 0.0)  # when, and what had been waited for until then
+        self._began = (0.0, 0.0)  # the same, of the step
+        self._waited = 0.0
+        self.waited: float | None = 0.0 if mode is Mode.ADAPTIVE else None
         self._compute: dict[int, float] = {}
         self._traffic: dict[str, Traffic] = {}
 
@@ -75,6 +80,10 @@ class Scheduler:
         if before is not None:
             self._compute[before] = max(0.0, now - began - (stall_s - stalled))
         ended = before is not None and layer <= before
+        if ended or before is None:
+            begun, waited = self._began
+            self._waited = (stall_s - waited) / max(now - begun, 1e-9)
+            self._began = (now, stall_s)
         self.steps += ended
         return ended and self.mode is Mode.ADAPTIVE
 
@@ -89,6 +98,8 @@ class Scheduler:
         """traffic: each path's so far; layers: what each layer, in order, reads of each path, in bytes.
         prompt: it computed for so long that it says nothing of how far ahead decoding has to read."""
         self._decoded += not prompt
+        if not prompt and self._decoded > 1:
+            self.waited = self._waited
         made = {kind: total.since(self._traffic.get(kind, Traffic())) for kind, total in traffic.items()}
         self._traffic = dict(traffic)
         if not any(path.nbytes for path in made.values()):

@@ -42,6 +42,7 @@ class KVStore(StoreParts):
             self._tell_mover(key)
             self._enter_layer(key.layer, tensor.tokens + extra)
             slot = self._in_use[key]
+            self._prefault_staged()
             self._await(tensor, slot)
             if self._short:  # its writes may have given slots back meanwhile, and attention takes long
                 self.prefetch(key.layer)
@@ -97,7 +98,7 @@ class KVStore(StoreParts):
     def _prefault_staged(self) -> None:
         """Where those rows have arrived: in the course of a prompt, not at the first token's touch."""
         for key, tensor in list(self._staged.items()):
-            if not all(ticket.done() for ticket in tensor.writes):
+            if tensor.in_use or not all(ticket.done() for ticket in tensor.writes):
                 return
             del self._staged[key]
             if tensor.mapped:

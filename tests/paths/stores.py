@@ -50,7 +50,7 @@ class MemPath(RawPath):
 class Shape:
     """layers, batch, heads, head_dim: of the model. tokens: what it will hold. tail_bytes: see
     choose_layout. group: of few blocks, so that short tensors have several. depth, spare: layers fetched
-    ahead, and slots beyond what that takes."""
+    ahead, and slots beyond what that takes: -1 as for layers that read one tensor at most."""
 
     layers: int = 2
     batch: int = 1

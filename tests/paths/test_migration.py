@@ -145,14 +145,18 @@ def real_store(folder: Path, shape: Shape) -> Iterator[Checked]:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=NO_CHECKS)
 @given(
-    st.integers(2, 4), st.integers(0, 3), st.lists(test_store.operations, min_size=1, max_size=14),
+    st.integers(2, 4), st.sampled_from([2, 3, 4, 6, 8]),
+    st.lists(test_store.operations, min_size=1, max_size=14),
     st.integers(0, 999), st.sampled_from([16, 400, 2000]),
 )  # fmt: skip
 @pytest.mark.needs("o_direct", "uring")
-def test_any_moves_of_tensors_that_are_read_in_place(layers, depth, steps, seed, tokens) -> None:
-    """With tokens beyond what was foreseen, too, for which a tensor is taken apart."""
+def test_any_moves_of_tensors_that_are_read_in_place(layers, slots, steps, seed, tokens) -> None:
+    """With tokens beyond what was foreseen, too, for which a tensor is taken apart; with three slots for
+    layers that come to read two tensors, too."""
     with tempfile.TemporaryDirectory() as folder:
-        shape = Shape(layers=layers, batch=2, tokens=tokens, depth=depth, capacity=tokens)
+        depth = (slots - 1) // 2
+        spare = slots - 2 * (depth + 1)
+        shape = Shape(layers=layers, batch=2, tokens=tokens, depth=depth, spare=spare, capacity=tokens)
         with real_store(Path(folder), shape) as checked:
             moves = RandomMoves(checked.store, seed, often=0.8)
             for operation in [("step", 40), *steps]:

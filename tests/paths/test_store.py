@@ -82,11 +82,11 @@ shapes = st.builds(
     tokens=st.integers(1, 2000),
     tail_bytes=st.one_of(st.none(), st.integers(0, 1 << 17)),
     depth=st.integers(0, 3),
-    spare=st.integers(0, 3),
+    spare=st.integers(-1, 3),
     capacity=st.integers(1, 300),
     checksum=st.booleans(),
     mode=st.sampled_from(Mode),
-)
+).filter(lambda shape: shape.depth or shape.spare >= 0)
 queues = st.builds(
     QueueOptions,
     queue_depth=st.integers(1, 6),

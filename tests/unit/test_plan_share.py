@@ -54,6 +54,32 @@ def test_none_where_all_is_read_in_place() -> None:
     assert (made.footprint.tails_bytes, made.bytes_on(PathKind.DIRECT)) == (0, 0)
 
 
+def layers_read(made: RunPlan) -> list[int]:
+    """Once for each tensor of which something is on the direct path."""
+    return sorted(item.key.layer for item in made.placements if item.path is PathKind.DIRECT)
+
+
+@given(st.integers(60 * MIB, 2 * KV), st.integers(0, 64 * MIB), st.booleans())
+@settings(deadline=None)
+def test_a_slot_less_where_no_layer_reads_two_tensors(budget: int, more: int, live: bool) -> None:
+    made, four = (plan(budget, in_place=True, live=live, prefetch_depth=depth) for depth in (None, 1))
+    if made.pipeline.slots == 3:
+        assert len(layers_read(made)) == len(set(layers_read(made)))
+        assert four.pipeline.slots == 4
+        assert made.bytes_on(PathKind.PAGE_CACHE) > four.bytes_on(PathKind.PAGE_CACHE)
+    larger = plan(budget + more, in_place=True, live=live)
+    if made.pipeline.prefetch_depth == larger.pipeline.prefetch_depth == 1:
+        assert len(layers_read(larger)) <= len(layers_read(made)), "monotone in the budget"
+
+
+def test_what_three_slots_leave_holds_another_tensor() -> None:
+    three, four = (plan(KV * 3 // 4, in_place=True, prefetch_depth=depth) for depth in (None, 1))
+    assert (three.pipeline.slots, four.pipeline.slots) == (3, 4)
+    assert len(layers_read(three)) == len(layers_read(four)) - 1
+    assert plan(KV // 4, in_place=True).pipeline.slots == 4, "there layers read both of theirs"
+    assert plan(2 * KV, in_place=True).pipeline.slots % 2 == 0, "nothing to gain"
+
+
 @pytest.mark.parametrize("layers", [2, 16, 80])
 def test_one_layer_ahead_wherever_it_fits(layers: int) -> None:
     assert plan_pipeline(layers, MIB, 2 * MIB).prefetch_depth == 0

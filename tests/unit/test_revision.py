@@ -17,6 +17,7 @@ from dualblade.planner import make_specs
 from dualblade.revision import (
     FEWEST_STEPS,
     FEWEST_STEPS_OF_FEW,
+    WAITED_PART,
     Decision,
     Facts,
     GovernorState,
@@ -305,6 +306,29 @@ def test_a_few_tokens_are_enough_where_many_lie_on_the_drive() -> None:
     assert sum(item.cached == 32 for item in after) == 15, "but for the last one"
 
 
+@pytest.mark.parametrize(
+    ("waited", "written", "cached"),
+    [(0.0, 32, 0), (WAITED_PART, 32, 20), (None, 32, 20), (0.0, 0, 20)],
+)
+def test_a_part_is_copied_only_where_the_drive_is_waited_for(
+    waited: float | None, written: int, cached: int
+) -> None:
+    """Else the copy, now and for every token, takes the CPU from attention and saves nothing; a room without
+    rows takes none."""
+    states = [*tensors([32] * 12), *(tensor(key, 32, written, 0) for key in KEYS[12:])]
+    facts = replace(memory_for(12 * 32 + 20), waited=waited)
+    after, _, _ = settle(states, facts, GovernorState(), IN_PLACE)
+    assert sorted(item.cached for item in after) == sorted([0, 0, 0, cached] + [32] * 12)
+    after, _, _ = settle(states, facts, GovernorState(), LIMITS)
+    assert cached_bytes(after) == (12 * 32 + 20) * BLOCK, "where all is copied anyway"
+
+
+def test_a_whole_tensor_is_worth_it_also_where_nobody_waits() -> None:
+    states = tensors([32] * 12 + [0] * 3 + [20])
+    after, _, _ = settle(states, replace(memory_for(14 * 32 + 9), waited=0.0), GovernorState(), IN_PLACE)
+    assert sorted(item.cached for item in after) == [0] * 2 + [32] * 14
+
+
 def test_a_plan_leaves_out_a_part_where_nearly_all_fit() -> None:
     specs = make_specs(8, 1, 8, 128, 2, 4096)
     sizes = {spec.key: 8 * BLOCK for spec in specs}
@@ -348,6 +372,7 @@ memories = st.builds(
     some=st.sampled_from([0.0, 0.0, 50.0]),
     full=st.sampled_from([0.0, 0.0, 20.0]),
     steps_left=st.one_of(st.none(), st.integers(0, 100)),
+    waited=st.sampled_from([None, 0.0, 0.04, 0.5]),
 )
 bounds = st.builds(
     Limits,

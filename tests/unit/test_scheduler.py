@@ -77,6 +77,22 @@ def test_a_prompt_says_nothing_of_decoding() -> None:
     assert steps.scheduler.depth == 1, "the first pass that decodes does"
 
 
+def test_what_part_of_a_step_was_waited_for() -> None:
+    """From the second that decodes on: the first waits for what the prompt still writes."""
+    steps = Steps(Mode.ADAPTIVE)
+    steps.run(3, 0.1, LAYER, stall_s=0.3, prompt=True)
+    steps.run(1, 0.1, LAYER, stall_s=0.3, prompt=True)
+    steps.run(1, 0.1, LAYER, stall_s=0.3)
+    assert steps.scheduler.waited == 0.0
+    steps.run(1, 0.1, LAYER, stall_s=0.1)
+    assert steps.scheduler.waited == pytest.approx(0.75)
+    steps.run(1, 0.1, LAYER)
+    assert steps.scheduler.waited == pytest.approx(0.5)
+    other = Steps(Mode.CROSS_LAYER)
+    other.run(4, 0.1, LAYER, stall_s=0.3)
+    assert other.scheduler.waited is None
+
+
 def test_a_change_of_speed_is_noticed() -> None:
     steps = Steps(Mode.ADAPTIVE)
     steps.run(20, 1.0, 1000 * LAYER)
