@@ -372,7 +372,7 @@ memories = st.builds(
     some=st.sampled_from([0.0, 0.0, 50.0]),
     full=st.sampled_from([0.0, 0.0, 20.0]),
     steps_left=st.one_of(st.none(), st.integers(0, 100)),
-    waited=st.sampled_from([None, 0.0, 0.04, 0.5]),
+    waited=st.sampled_from([None, 0.0, 0.1, 0.5]),
 )
 bounds = st.builds(
     Limits,
