@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dualblade.paths.base import Room, StoragePath
 from dualblade.tensors import PathKind, TensorKey
-from dualblade.units import MIB
+from dualblade.units import KIB, MIB
 from spdk_glue import QueueOptions
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Commands are short where blocks are cached in part, or a group is not full yet. As many as move what 32 long
 # ones do are in flight, so that the drive has work while attention keeps every CPU from sending more.
 OPTIONS = QueueOptions(queue_depth=128, command_bytes=MIB, in_flight_bytes=32 * MIB)
+FIRST_COMMAND = 512 * KIB  # the longest at first; the scheduler tries others (see adaptive.Climb)
 
 
 class DirectPath(StoragePath):
@@ -29,6 +30,8 @@ class DirectPath(StoragePath):
 
     def __init__(self, target: OpenTarget, volume: Volume, timeout_s: float = 60.0):
         super().__init__(target.queue, timeout_s)
+        limits = self.queue.limits
+        self.tune(limits.queue_depth, min(FIRST_COMMAND, limits.command_bytes))
         self._open_target = target
         self.volume = volume
         self._extents: dict[Room, Extent] = {}
