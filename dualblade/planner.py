@@ -110,33 +110,28 @@ def make_plan(
     plan = RunPlan(request, tuple(specs), layouts, capacity, slot_bytes, pipeline, footprint, share, [])
     if grows:
         return plan
-    plan = _settled(plan, snapshot)
-    return _with_a_slot_less(plan, snapshot) if plan.in_place else plan
+    if not plan.in_place:
+        return _placed(plan, snapshot)
+    return _with_as_few_slots(plan, snapshot)
 
 
-def _settled(plan: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
-    """With every tensor's place, as far as its footprint goes."""
-    request = plan.request
-    plan = _placed(plan, page_cache_share(request.budget, plan.footprint, snapshot, request.page_cache))
-    return _without_needless_tails(plan, snapshot) if plan.in_place else plan
-
-
-def _with_a_slot_less(plan: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
-    """Three slots instead of four, where no layer then reads two tensors: one is in use and two are on their
-    way, as many as before, and what the fourth took caches KV. A depth that was asked for is kept."""
-    request, fewer = plan.request, replace(plan.pipeline, slots=3)
-    if plan.pipeline.slots != 4 or request.prefetch_depth is not None or request.forced is not None:
+def _with_as_few_slots(bare: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
+    """Three slots instead of four, where no layer then reads two tensors and more KV is cached: one is in use
+    and two are on their way, as many as before. A depth that was asked for is kept."""
+    plan, fewer = _without_needless_tails(bare, snapshot), replace(bare.pipeline, slots=3)
+    if bare.pipeline.slots != 4 or bare.request.prefetch_depth is not None:
         return plan
-    tails = sum(layout.block_bytes for layout in plan.layouts.values())
-    footprint = replace(plan.footprint, staging_bytes=fewer.slots * plan.slot_bytes, tails_bytes=tails)
-    better = _settled(replace(plan, pipeline=fewer, footprint=footprint), snapshot)
+    footprint = replace(bare.footprint, staging_bytes=fewer.slots * bare.slot_bytes)
+    better = _without_needless_tails(replace(bare, pipeline=fewer, footprint=footprint), snapshot)
     read = [item.key.layer for item in better.placements if item.path is PathKind.DIRECT]
     gained = better.bytes_on(PathKind.PAGE_CACHE) > plan.bytes_on(PathKind.PAGE_CACHE)
     return better if gained and len(read) == len(set(read)) else plan
 
 
-def _placed(plan: RunPlan, share: Share) -> RunPlan:
+def _placed(plan: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
+    """With the share that its footprint leaves, and every tensor's place."""
     request, layouts = plan.request, plan.layouts
+    share = page_cache_share(request.budget, plan.footprint, snapshot, request.page_cache)
     sizes = {spec.key: layouts[spec.key].bytes_for(spec.tokens) for spec in plan.specs}
     placements = place(plan.specs, sizes, share.bytes, request.policy, request.forced)
     if request.live and placements and request.forced is None:
@@ -146,15 +141,15 @@ def _placed(plan: RunPlan, share: Share) -> RunPlan:
 
 
 def _without_needless_tails(plan: RunPlan, snapshot: MemorySnapshot | None) -> RunPlan:
-    """A tensor that is read in place has its unfinished block there too: what that saves is the page cache's.
-    Every round may cache more, and so save more; the last plan whose own footprint it fits is taken."""
-    request = plan.request
+    """Every tensor placed. One that is read in place has its unfinished block there too: what that saves is
+    the page cache's. Every round may cache more, and so save more; the last plan whose own footprint it fits
+    is taken."""
+    plan = _placed(plan, snapshot)
     while (tails := _tails(plan)) < plan.footprint.tails_bytes:
-        footprint = replace(plan.footprint, tails_bytes=tails)
-        better = _placed(plan, page_cache_share(request.budget, footprint, snapshot, request.page_cache))
+        better = _placed(replace(plan, footprint=replace(plan.footprint, tails_bytes=tails)), snapshot)
         if _tails(better) > tails:
             break
-        plan = replace(better, footprint=footprint)
+        plan = better
     return plan
 
 

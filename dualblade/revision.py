@@ -24,8 +24,8 @@ MARGIN_PART = 8  # of the band, by which more is given up than was asked for
 MISSING_PART = 8  # pages that the kernel took: below this part of what we wrote it is noise
 FEWEST_STEPS = 8  # a copy into the page cache pays only if it is read so often
 FEW_PART = 16  # so small a part comes from the drive sooner than attention is through the others
-WAITED_PART = 0.2  # of a step; where less is waited for the drive, a copy for every token costs what it saves
 FEWEST_STEPS_OF_FEW = 64  # so that a copy of it, which nothing waits for, seldom pays
+WAITED_PART = 0.2  # of a step; where less is waited for the drive, a copy for every token costs what it saves
 
 
 @dataclass(frozen=True, slots=True)
