@@ -225,7 +225,7 @@ class LiveGovernor:
             budget=budget.budget,
             cap=budget.cap,
             footprint=footprint.total,
-            held=held,
+            held=held + _to_come(footprint, seen),
             room=room - to_take,
             room_source=snapshot.headroom_source,
             resident=seen.pages.cached,
@@ -314,6 +314,12 @@ class LiveGovernor:
         self.watch.stop()
         if self._trace is not None:
             self._trace.close()
+
+
+def _to_come(footprint: Footprint, seen: Look) -> int:
+    """What no touch had brought in yet of the memory that is planned for slots, tails and migrations."""
+    planned = footprint.staging_bytes, footprint.tails_bytes, footprint.migration_bytes
+    return sum(max(0, nbytes - there) for nbytes, there in zip(planned, seen.resident, strict=True))
 
 
 def _reported(step: int, move: Move) -> dict[str, Any]:

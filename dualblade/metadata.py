@@ -78,7 +78,7 @@ class _Transfer:
     region: Region = field(init=False)
 
     def __enter__(self) -> Region:
-        self.region = Region(self.nbytes, hugepages=False, of_env=self.medium.queue.needs_env_memory)
+        self.region = Region(self.nbytes, best="thp", of_env=self.medium.queue.needs_env_memory)
         return self.region
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:

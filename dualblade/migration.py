@@ -68,7 +68,7 @@ class Migrator:
         total = sum(tensor.spec.nbytes for tensor in tensors.values())
         nbytes = chunk_bytes((tensor.layout.block_bytes for tensor in tensors.values()), total)
         of_env = any(path.queue.needs_env_memory for path in paths.values())
-        self.region = Region(max(1, nbytes), hugepages=False, of_env=of_env)
+        self.region = Region(max(1, nbytes), best="thp", of_env=of_env)
         self.refused: dict[PathKind, str] = {}
         self.grant = 0
         self.moved_bytes = dict.fromkeys(PathKind, 0)

@@ -146,7 +146,8 @@ class Offload:
         migrator.claim(list(tensors.values()))
         noticed = min(sum(spec.nbytes for spec in plan.specs) // NOTICED_PART, MOST_NOTICED)
         watch = MemoryWatch(
-            lambda: look(host, self._cached_fds()), lambda before: changed(host, before, noticed)
+            lambda: look(host, self._cached_fds(), (*self.store.regions, migrator.region)),
+            lambda before: changed(host, before, noticed),
         )
         governor = LiveGovernor(
             tensors, self.paths, budget, migrator, watch, self.placer,

@@ -33,11 +33,11 @@ class Facts:
     """One look at the memory, in bytes. number: counts the looks.
 
     budget: of the process. cap: --page-cache-budget. footprint: what is planned for all but cached KV; held:
-    what the process holds now beside cached KV. room: what machine and cgroups give the page-cache path,
-    with what it has. resident: our pages that are in memory. refaulted: pages read back since the last
-    look. some, full: per cent of the time since then in which tasks waited for memory (PSI). steps_left:
-    forward passes to come, None if unknown. waited: the part of a decoding step that was waited for storage,
-    None where it was not measured.
+    what the process holds beside cached KV, with what is to come of the buffers that were planned. room:
+    what machine and cgroups give the page-cache path, with what it has. resident: our pages that are in
+    memory. refaulted: pages read back since the last look. some, full: per cent of the time since then in
+    which tasks waited for memory (PSI). steps_left: forward passes to come, None if unknown. waited: the
+    part of a decoding step that was waited for storage, None where it was not measured.
     """
 
     number: int

@@ -388,7 +388,7 @@ class KVStore(StoreParts):
                 given_up += 1
                 self.failure = self.failure or error
         given_up += not self.device.close()
-        for region in (self.pool.region, self._tails, *([self.mover.region] if self.mover else [])):
+        for region in (*self.regions, *([self.mover.region] if self.mover else [])):
             region.abandon() if given_up else region.close()
         if self.failure is not trouble:
             assert self.failure is not None

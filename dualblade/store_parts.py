@@ -117,7 +117,8 @@ class StoreParts:
         self, specs: Sequence[TensorSpec], layouts: Mapping[TensorKey, Layout]
     ) -> tuple[Region, dict[TensorKey, Tensor]]:
         nbytes = max(PAGE, sum(layouts[spec.key].block_bytes for spec in specs))
-        region = Region(nbytes, hugepages=False, of_env=self._of_env)
+        # a tensor that is read in place never touches its own, and shares no hugepage with one that does
+        region = Region(nbytes, best="plain", of_env=self._of_env)
         self.device.adopt(region, region.size)
         tensors, offset = {}, 0
         for spec in specs:
@@ -252,6 +253,11 @@ class StoreParts:
 
     def tokens(self, layer: int) -> int:
         return self.tensors[TensorKey(layer, "K")].tokens
+
+    @property
+    def regions(self) -> tuple[Region, Region]:
+        """The slots' memory and the unfinished blocks'."""
+        return self.pool.region, self._tails
 
     @property
     def staging_bytes(self) -> int:

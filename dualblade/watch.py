@@ -13,7 +13,7 @@ from dualblade.host.cgroup import memory_cgroups
 from dualblade.host.pressure import Pressure, memory_pressure
 from dualblade.host.sysfs import Host
 from dualblade.residency import MemorySnapshot, pause, take_snapshot
-from spdk_glue import CachedPages, GlueError, cached_pages
+from spdk_glue import CachedPages, GlueError, Region, cached_pages
 
 INTERVAL_S = 0.25
 CALM_S = 2.0  # without a whole look where nothing changes
@@ -23,23 +23,26 @@ STALLED_PART = 0.01  # of the time, spent waiting for memory: no calm
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look. pages: what the page cache holds of our files. at: seconds of the monotonic clock."""
+    """One look. pages: what the page cache holds of our files. at: seconds of the monotonic clock. resident:
+    bytes of each buffer that were in memory."""
 
     snapshot: MemorySnapshot
     pressure: Pressure
     pages: CachedPages
     at: float = 0.0
+    resident: tuple[int, ...] = ()
 
 
-def look(host: Host, fds: Iterable[int]) -> Look:
+def look(host: Host, fds: Iterable[int], buffers: Iterable[Region] = ()) -> Look:
     """fds: our files, which stay open meanwhile. Raises ConfigError, GlueError."""
+    resident = tuple(buffer.resident for buffer in buffers)  # first: what comes meanwhile counts twice
     found = [cached_pages(fd) for fd in fds]
     pages = CachedPages(
         sum(pages.cached for pages in found),
         sum(pages.dirty for pages in found),
         sum(pages.evicted for pages in found),
     )
-    return Look(*_glance(host), pages, time.monotonic())
+    return Look(*_glance(host), pages, time.monotonic(), resident)
 
 
 def _glance(host: Host) -> tuple[MemorySnapshot, Pressure]:

@@ -11,6 +11,7 @@ from spdk_glue._ffi import ffi, lib
 from spdk_glue.errors import check
 
 PAGE = 4096
+_KINDS = ("plain", "thp", "hugetlb")  # as glue_api.h numbers them
 
 
 class _Free:
@@ -34,23 +35,24 @@ class Region:
     """`size` bytes in whole pages of 4 KiB, zero at first, aligned to 2 MiB. held: bytes that the
     process pays for, whole hugepages where it got them.
 
-    kind: "hugetlb" (reserved hugepages), "thp" (the kernel may use transparent hugepages), "plain",
-    or "spdk", the environment's, which a controller can reach. of_env: take it from there.
+    kind: "hugetlb" (reserved hugepages), "thp" (the kernel may use transparent hugepages), "plain" (pages
+    of 4 KiB, so that no more is taken than is touched), or "spdk", the environment's, which a controller
+    can reach. best: the first of these three that is tried. of_env: take it from the environment.
     Raises GlueError (ENOMEM) where there is no memory.
     """
 
-    def __init__(self, size: int, hugepages: bool = True, of_env: bool = False):
+    def __init__(self, size: int, best: str = "hugetlb", of_env: bool = False):
         c_size, c_kind, c_error = ffi.new("uint64_t *", size), ffi.new("int *"), ffi.new("int *")
         self.size = -(-size // PAGE) * PAGE
         if of_env:
             pointer = lib.glue_env_alloc(self.size, c_error)
             c_size[0] = self.size
         else:
-            pointer = lib.glue_memory_alloc(c_size, int(hugepages), c_kind, c_error)
+            pointer = lib.glue_memory_alloc(c_size, _KINDS.index(best), c_kind, c_error)
         check(c_error[0], f"allocate {size} bytes" + " of SPDK's memory" * of_env)
         self.held = int(c_size[0])
         self.address = int(ffi.cast("uintptr_t", pointer))
-        self.kind = "spdk" if of_env else ("plain", "thp", "hugetlb")[c_kind[0]]
+        self.kind = "spdk" if of_env else _KINDS[c_kind[0]]
         self._owner: Any = ffi.gc(pointer, _Free(self.held, of_env))
         self._buffer: Any = memoryview(ffi.buffer(self._owner, self.size))
 
@@ -60,6 +62,14 @@ class Region:
         if not 0 <= offset <= end <= self.size:
             raise ValueError(f"bytes {offset} to {end} are not in a region of {self.size}")
         return self._buffer[offset:end]
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are in memory now: a page comes with its first touch. Raises GlueError."""
+        owner = self._owner  # so that another thread's close() does not take it meanwhile
+        if owner is None:
+            return 0
+        return check(lib.glue_resident(int(ffi.cast("uintptr_t", owner)), self.size), "look for memory")
 
     def close(self) -> None:
         """The memory goes back when the last view of it is gone."""

@@ -263,9 +263,12 @@ int glue_event_record(glue_event *event, uint64_t stream);
 /* How many of the first events, up to one that is not, are done; -errno where that one failed. */
 int glue_events_done(glue_event *const *events, uint32_t count);
 
-/* `size` is rounded up to the page in use, *kind says which page that is; NULL and *error on failure. */
-void *glue_memory_alloc(uint64_t *size, int want_hugetlb, int *kind, int *error);
+/* `size` is rounded up to the page in use, *kind says which page that is, at best `best`; NULL and *error on
+ * failure. */
+void *glue_memory_alloc(uint64_t *size, int best, int *kind, int *error);
 void glue_memory_free(void *address, uint64_t size);
+/* How many of the bytes, whole pages of 4 KiB, are in memory now; or -errno. */
+int64_t glue_resident(uint64_t address, uint64_t bytes);
 
 int glue_file_facts_of(int fd, glue_file_facts *out);
 /* What the page cache holds of the file; 0 or -errno. */

@@ -46,12 +46,12 @@ static void *map_plain(uint64_t size, int *error)
     return address;
 }
 
-void *glue_memory_alloc(uint64_t *size, int want_hugetlb, int *kind, int *error)
+void *glue_memory_alloc(uint64_t *size, int best, int *kind, int *error)
 {
     *error = *size && *size <= INT64_MAX ? 0 : -EINVAL; /* so rounding up cannot wrap */
     if (*error)
         return NULL;
-    void *address = want_hugetlb ? map_hugetlb(round_up(*size, HUGE)) : NULL;
+    void *address = best == GLUE_MEMORY_HUGETLB ? map_hugetlb(round_up(*size, HUGE)) : NULL;
     if (address) {
         *size = round_up(*size, HUGE);
         *kind = GLUE_MEMORY_HUGETLB;
@@ -59,8 +59,10 @@ void *glue_memory_alloc(uint64_t *size, int want_hugetlb, int *kind, int *error)
     }
     *size = round_up(*size, 4096);
     address = map_plain(*size, error);
-    *kind = address && *size >= HUGE && !madvise(address, *size, MADV_HUGEPAGE) ? GLUE_MEMORY_THP
-                                                                                  : GLUE_MEMORY_PLAIN;
+    int huge = address && *size >= HUGE && best != GLUE_MEMORY_PLAIN;
+    *kind = huge && !madvise(address, *size, MADV_HUGEPAGE) ? GLUE_MEMORY_THP : GLUE_MEMORY_PLAIN;
+    if (address && !huge)
+        madvise(address, *size, MADV_NOHUGEPAGE); /* fails where the kernel has none anyway */
     return address;
 }
 
@@ -188,6 +190,12 @@ static int64_t missing_bytes(char *at, size_t bytes)
         done += step;
     }
     return missing * (int64_t)PAGE;
+}
+
+int64_t glue_resident(uint64_t address, uint64_t bytes)
+{
+    int64_t missing = missing_bytes((char *)(uintptr_t)address, bytes);
+    return missing < 0 ? missing : (int64_t)bytes - missing;
 }
 
 static int populate(char *at, size_t bytes)

@@ -251,7 +251,7 @@ if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 queue = Queue.files([{fd}])
-small, large = Region(4 * PAGE, hugepages=False), Region(4 << 20)
+small, large = Region(4 * PAGE, best="thp"), Region(4 << 20)
 print(queue.register(small), queue.register(large))
 large.buffer()[:] = b"y" * large.size
 queue.run(WRITE, [plain(0, large.address, 256 * PAGE)])

@@ -16,9 +16,9 @@ HUGE = 2 << 20
 
 
 @pytest.mark.parametrize("size", [1, PAGE - 1, PAGE, HUGE - 1, HUGE, HUGE + 1, 37 * PAGE, 5 * HUGE])
-@pytest.mark.parametrize("hugepages", [False, True])
-def test_size_alignment_and_zeros(size: int, hugepages: bool) -> None:
-    with Region(size, hugepages) as region:
+@pytest.mark.parametrize("best", ["plain", "thp", "hugetlb"])
+def test_size_alignment_and_zeros(size: int, best: str) -> None:
+    with Region(size, best) as region:
         page = HUGE if region.kind == "hugetlb" else PAGE
         assert region.size == -(-size // PAGE) * PAGE
         assert region.held == -(-size // page) * page
@@ -30,9 +30,21 @@ def test_size_alignment_and_zeros(size: int, hugepages: bool) -> None:
 
 @pytest.mark.parametrize(("size", "kinds"), [(PAGE, {"plain"}), (HUGE, {"plain", "thp"})])
 def test_reserved_hugepages_are_left_to_who_wants_them(size: int, kinds: set[str]) -> None:
-    with Region(size, hugepages=False) as region:
+    with Region(size, best="thp") as region:
         assert region.kind in kinds
         assert repr(region) == f"<Region {size} bytes, {region.kind}>"
+
+
+@pytest.mark.parametrize("best", ["plain", "thp"])
+def test_what_of_it_is_in_memory(best: str) -> None:
+    """Plain memory comes page by page, wherever it is touched and whatever the machine does elsewhere."""
+    with Region(4 * HUGE + PAGE, best) as region:
+        assert region.resident == 0
+        array(region)[HUGE + 5] = 1
+        assert region.resident in ({PAGE} if best == "plain" else {PAGE, HUGE})
+        array(region)[:] = 1
+        assert region.resident == region.size
+    assert region.resident == 0
 
 
 @pytest.mark.needs("hugepages")
@@ -56,7 +68,7 @@ resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 try:
     Region(8 << 30)
 except GlueError as error:
-    print(errno.errorcode[error.errno], Region(PAGE, hugepages=False).size)
+    print(errno.errorcode[error.errno], Region(PAGE, best="thp").size)
 """
     assert python(code) == "ENOMEM 4096\n"
 
@@ -120,7 +132,7 @@ def test_closing_twice() -> None:
 
 
 def test_parts_of_the_buffer() -> None:
-    with Region(2 * PAGE, hugepages=False) as region:
+    with Region(2 * PAGE, best="thp") as region:
         region.buffer(PAGE, 4)[:] = b"abcd"
         assert bytes(region.buffer()[PAGE : PAGE + 5]) == b"abcd\0"
         assert len(region.buffer(PAGE)) == PAGE

@@ -57,7 +57,7 @@ class DroppingPath(Watched, MemPath):
 
     def drop(self, room: Room) -> bool:
         self.check_drop(room)
-        with Region(room.nbytes, hugepages=False) as region:
+        with Region(room.nbytes, best="thp") as region:
             region.buffer()[:] = RUBBISH * region.size
             self.queue.run(WRITE, [plain(room.offset, region.address, room.nbytes)])
         return True

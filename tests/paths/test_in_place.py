@@ -20,6 +20,7 @@ from dualblade.in_place import LEAST_STAGED
 from dualblade.paths.base import WriteLimit
 from dualblade.paths.pagecache import LOST_PAGE, PageCachePath
 from dualblade.tensors import PathKind, TensorKey
+from dualblade.units import MIB
 from spdk_glue import PAGE
 
 K0, V0 = TensorKey(0, "K"), TensorKey(0, "V")
@@ -78,6 +79,22 @@ def test_the_first_rows_are_written_by_the_engine(tmp_path: Path) -> None:
         for count in (1, 60):
             checked.step(count)
         assert path.queue.stats().write_bytes == written, "the next ones are stored"
+
+
+def test_unfinished_blocks_take_no_memory_where_they_lie_in_the_file(tmp_path: Path) -> None:
+    """Nor the hugepage that they would share with those of copied tensors."""
+    paths = {PathKind.PAGE_CACHE: PageCachePath(tmp_path), PathKind.DIRECT: MemPath()}
+    shape = Shape(layers=4, batch=32, heads=8, tokens=1024, capacity=1024)
+    store = make_store(shape, paths, placed=True)
+    try:
+        Checked(store, shape).step(1)
+        _, tails = store.regions
+        copied = [tensor for tensor in store.tensors.values() if not tensor.mapped]
+        assert 0 < len(copied) < len(store.tensors)
+        assert copied[0].layout.block_bytes == MIB
+        assert 0 < tails.resident <= sum(tensor.layout.block_bytes for tensor in copied)
+    finally:
+        store.close()
 
 
 def entries(address: int, nbytes: int) -> int:

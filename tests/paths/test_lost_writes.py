@@ -57,7 +57,7 @@ def drop(path: PageCachePath) -> None:
 
 
 def test_what_is_copied_from_the_page_cache(overbooked: Path) -> None:
-    with opened(overbooked) as path, Region(64 * MIB, hugepages=False) as region:
+    with opened(overbooked) as path, Region(64 * MIB, best="thp") as region:
         room = path.allocate([(K0, 64 * MIB)])[0]
         region.buffer()[:] = os.urandom(64) * MIB
         pieces = [plain(room.offset, region.address, room.nbytes, room.file)]
@@ -101,7 +101,7 @@ def test_what_is_read_in_place(store: Checked) -> None:
 
 
 def test_a_drive_that_takes_all_loses_nothing(tmp_path: Path) -> None:
-    with opened(tmp_path) as path, Region(MIB, hugepages=False) as region:
+    with opened(tmp_path) as path, Region(MIB, best="thp") as region:
         room = path.allocate([(K0, MIB)])[0]
         pieces = [plain(room.offset, region.address, room.nbytes, room.file)]
         path.transfer(WRITE, K0, pieces).wait()

@@ -111,7 +111,7 @@ def test_neighbours_lie_in_different_files(path: PageCachePath) -> None:
 
 def test_rooms_hold_what_is_written_to_them(path: PageCachePath) -> None:
     rooms = path.allocate([(key, MIB) for key in KEYS])
-    with Region(MIB, hugepages=False) as region:
+    with Region(MIB, best="thp") as region:
         for number, room in enumerate(rooms):
             region.buffer()[:] = bytes([number + 1]) * MIB
             path.transfer(WRITE, room.key, [plain(room.offset, region.address, MIB, room.file)]).wait()
@@ -131,7 +131,7 @@ def test_released_space_comes_back(path: PageCachePath) -> None:
 def test_a_room_may_go_while_its_pages_go_to_the_drive(path: PageCachePath) -> None:
     """What lies around it arrives, and none of its pages comes back."""
     (room,) = path.allocate([(KEYS[0], 64 * MIB)])
-    with Region(room.nbytes, hugepages=False) as region:
+    with Region(room.nbytes, best="thp") as region:
         region.buffer()[:] = b"k" * region.size
         whole = plain(room.offset, region.address, room.nbytes, room.file)
         path.transfer(WRITE, room.key, [whole]).wait()
@@ -149,7 +149,7 @@ def test_one_room_comes_back_alone(path: PageCachePath) -> None:
     rooms = path.allocate([(key, 4 * MIB) for key in KEYS])
     gone, kept = rooms[1], rooms[5]
     assert gone.file == kept.file
-    with Region(4 * MIB, hugepages=False) as region:
+    with Region(4 * MIB, best="thp") as region:
         for room in (gone, kept):
             region.buffer()[:] = b"k" * region.size
             path.transfer(WRITE, room.key, [plain(room.offset, region.address, 4 * MIB, room.file)]).wait()
@@ -189,7 +189,7 @@ def test_a_filesystem_without_holes_drops_what_is_written_back(
     path: PageCachePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (room,) = path.allocate([(KEYS[0], 4 * MIB)])
-    with Region(4 * MIB, hugepages=False) as region:
+    with Region(4 * MIB, best="thp") as region:
         path.transfer(WRITE, room.key, [plain(room.offset, region.address, 4 * MIB, room.file)]).wait()
     os.fsync(path.fds[room.file])
 

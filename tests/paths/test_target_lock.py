@@ -66,7 +66,7 @@ def test_given_up_transfers_keep_the_lock(ours: Path, impatient: None) -> None:
     target.queue.close()
     target.queue = spdk_glue.Queue.memory(SIZE, OPTIONS)
     target.queue.fault("hang", WRITE)
-    region = Region(LBA, hugepages=False)
+    region = Region(LBA, best="thp")
     with pytest.raises(spdk_glue.TransferTimeout):
         target.queue.run(WRITE, [plain(0, region.address, LBA)], timeout=0.1)
     target.close()

@@ -45,10 +45,10 @@ def test_a_new_file_is_private_allocated_and_direct(direct_dir: Path) -> None:
         assert fcntl.fcntl(target._fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         volume = open_volume(target)
         extent = volume.allocate(K0, MIB)
-        with Region(MIB, hugepages=False) as region:
+        with Region(MIB, best="thp") as region:
             region.buffer(0, 4)[:] = b"kept"
             target.queue.run(WRITE, [plain(extent.offset, region.address, MIB)])
-    with open_file(path) as target, Region(LBA, hugepages=False) as region:
+    with open_file(path) as target, Region(LBA, best="thp") as region:
         assert not target.created
         assert target.given_up == 0
         target.queue.run(READ, [plain(extent.offset, region.address, LBA)])
