@@ -8,8 +8,15 @@ from pathlib import Path
 
 from dualblade.errors import ConfigError
 
+# oneDNN's kernels, each with its scratch memory, are kept for so many shapes. Eager attention has a new shape
+# in every pass: of a thousand, which would be kept, there were 600 MiB. What else is in a pass has few.
+KERNELS_KEPT = 16
 # Torch's threads wait for each other asleep: awake they take CPUs that the drive needs.
-SLEEPING_THREADS = {"OMP_WAIT_POLICY": "passive"}
+TORCH_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "LRU_CACHE_CAPACITY": str(KERNELS_KEPT),  # torch's own cache of them
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS_KEPT),
+}
 
 
 def default_cache_dir() -> Path:
@@ -38,7 +45,7 @@ def child_environment(**extra: str) -> dict[str, str]:
     return os.environ | extra
 
 
-def let_threads_sleep() -> None:
+def prepare_for_torch() -> None:
     """Before torch is loaded; whoever has set it otherwise keeps it so."""
-    for name, value in SLEEPING_THREADS.items():
+    for name, value in TORCH_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

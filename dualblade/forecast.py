@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dualblade.config import KERNELS_KEPT
 from dualblade.device_cuda import Accelerator
 from dualblade.errors import BudgetError
 from dualblade.handles import STREAMED
 from dualblade.layers import kept_bytes, kv_specs
-from dualblade.models import DECODE_SLACK, HEAP_SLACK, activation_bytes, paused_bytes
+from dualblade.models import DECODE_SLACK, HEAP_SLACK, activation_bytes, paused_bytes, repeated_bytes
 from dualblade.offload import make_request
 from dualblade.planner import RunPlan, make_plan
 from dualblade.residency import MemorySnapshot
@@ -136,7 +137,7 @@ class Forecast:
         )  # fmt: skip
         if prefill.span > prefill.chunk:
             passing += prefill.span * self._paused(context)
-        return passing + kept_bytes(self.config, self.batch, context, self.itemsize)
+        return passing + self._kept(context)
 
     def decode_activations(self, context: int, prefill: Prefill) -> int:
         """Of one token a sequence."""
@@ -144,7 +145,15 @@ class Forecast:
         passing = activation_bytes(
             self.config, self.batch, 1, context, self.itemsize, attention, slack=DECODE_SLACK
         )
-        return passing + kept_bytes(self.config, self.batch, context, self.itemsize)
+        return passing + self._kept(context)
+
+    def _kept(self, context: int) -> int:
+        """From pass to pass: what layers keep that are not offloaded, and the scratch memory of attention's
+        kernels, each a copy of K for every query head."""
+        kept = kept_bytes(self.config, self.batch, context, self.itemsize)
+        if self._discrete or self.attention != "eager" or self.itemsize > 2:
+            return kept
+        return kept + KERNELS_KEPT * repeated_bytes(self.config, self.batch, context, self.itemsize)
 
     def _paused(self, context: int) -> int:
         return paused_bytes(self.config, self.batch, context, self.itemsize, self.attention)

@@ -224,7 +224,7 @@ def activation_bytes(
     mlp = rows * (4 * hidden + 3 * inner) * itemsize
     attending = rows * (4 * hidden + 2 * heads * head_dim) * itemsize + rows * context * 5
     if attention == "eager":
-        attending += 2 * batch * heads * head_dim * context * itemsize
+        attending += 2 * repeated_bytes(config, batch, context, itemsize)
         attending += rows * heads * context * (2 * itemsize + 4)
     if attention == STREAMED:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -233,12 +233,23 @@ def activation_bytes(
     return max(mlp, attending) * 5 // 4 + logits + slack
 
 
+def repeated_bytes(config: PreTrainedConfig, batch: int, context: int, itemsize: int) -> int:
+    """K or V of one layer, repeated for every query head, in bytes."""
+    text = text_config(config)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return batch * int(text.num_attention_heads) * int(head_dim) * context * itemsize
+
+
 def paused_bytes(
     config: PreTrainedConfig, batch: int, context: int, itemsize: int, attention: str = "sdpa"
 ) -> int:
     """An upper estimate of what a prompt token takes in a forward pass that pauses between two layers, in
-    bytes: its hidden state, its rotary table, and its row of every mask that is not dropped meanwhile."""
+    bytes: its embedding, which the model's own code keeps to the end, its hidden state, a rotary table for
+    every kind of layer or else its learned position, and its row of every mask that is not dropped meanwhile.
+    What else a padded prompt has is in the heap's slack."""
     text = text_config(config)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     masks = 0 if attention in (GROUPED, STREAMED) else 1 + bool(getattr(text, "sliding_window", None))
-    return batch * ((text.hidden_size + 2 * head_dim) * itemsize + 4 * masks * context + 16)
+    kinds = len(set(getattr(text, "layer_types", None) or [None]))
+    position = 2 * kinds * head_dim if hasattr(text, "rope_parameters") else text.hidden_size
+    return batch * ((2 * text.hidden_size + position) * itemsize + 4 * masks * context + 16)

@@ -151,7 +151,7 @@ class Generation:
         mask = self._mask[:, : begin + ids.shape[1]]
         # A mask that hides nothing would only cost attention its fast path.
         extra = {"attention_mask": mask} if self.prompt.padded else {}
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:].clone()  # a view keeps all of them
         extra = {name: self._there(tensor) for name, tensor in extra.items()}
         out = self.model(
             input_ids=self._there(ids),

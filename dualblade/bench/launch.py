@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from dualblade.bench.trial import Trial
-from dualblade.config import SLEEPING_THREADS, child_environment
+from dualblade.config import TORCH_ENVIRONMENT, child_environment
 from dualblade.errors import DualBladeError
 
 _CHILD = [sys.executable, "-m", "dualblade.bench.child"]
@@ -34,7 +34,7 @@ def run_child(trial: Trial, on_token: OnToken = no_one) -> dict[str, Any]:
     """The trial's record. on_token(n) is called when the n-th token is there; where the trial pauses, it goes
     on afterwards. Raises ChildFailed."""
     with tempfile.TemporaryFile("w+") as talk:
-        environment = child_environment(**SLEEPING_THREADS)
+        environment = child_environment(**TORCH_ENVIRONMENT)
         child = subprocess.Popen(
             _CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=talk, text=True, env=environment
         )

@@ -19,7 +19,7 @@ from types import FrameType
 import click
 
 from dualblade import __version__
-from dualblade.config import let_threads_sleep
+from dualblade.config import prepare_for_torch
 from dualblade.errors import DualBladeError, UsageError
 
 PROGRAM = "dualblade-spdk"
@@ -111,7 +111,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """The console entry: runs the command and returns the exit code."""
     if args is None:
         _heed_signals()
-        let_threads_sleep()
+        prepare_for_torch()
     words = list(sys.argv[1:] if args is None else args)
     debug, words = _take_debug(words)
     try:

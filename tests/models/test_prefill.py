@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import DynamicCache
 
 from dualblade import DualBladeCache
 from dualblade.attention import Mask, implementation, masks_made, noted_mask
-from dualblade.models import decoder_layers
+from dualblade.models import decoder_layers, paused_bytes
 from dualblade.prefill import by_layers, leading_layers
 from dualblade.runner import Generation, Prompt, Sampling
 
@@ -119,6 +121,41 @@ def test_what_is_read_again(span: int, again: int, tmp_path: Path) -> None:
         assert read == sum(
             layout.full_blocks(begin) * layout.block_bytes for layout in layouts.values() for begin in begins
         )
+
+
+def storages() -> dict[int, int]:
+    """Bytes of all tensors' memory by address."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what some other object is
+        held = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in held}
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"gemma2"}))  # which has no sdpa
+def test_what_a_paused_prompt_holds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, sdpa = model_of(family, torch.float32), 4, implementation("sdpa")
+    monkeypatch.setattr(model.config, "_attn_implementation", sdpa)
+    ids = prompt(batch).ids.repeat(1, 2)
+    tokens, chunk = ids.shape[1], 20
+    cache, held = DynamicCache(config=model.config), 0
+
+    def look(done: int, total: int) -> None:
+        nonlocal held
+        if held or 2 * done < total:
+            return
+        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        kv = {rows.untyped_storage().data_ptr() for layer in layers for rows in (layer.keys, layer.values)}
+        held = sum(size for at, size in storages().items() if at not in before and at not in kv)
+
+    with torch.inference_mode():
+        made = Generation(
+            model, cache, Prompt(ids, torch.ones_like(ids)), Sampling(), frozenset(), chunk, tokens, look
+        )
+        before = storages()
+        made.prefill()
+    expected = tokens * paused_bytes(model.config, batch, tokens, 4, sdpa)
+    padding = batch * tokens * tokens * 2 // chunk  # of every pass: OPT makes a float of each token before
+    assert expected // 2 < held < expected + padding
 
 
 def test_progress_goes_up_to_the_end(tmp_path: Path) -> None:

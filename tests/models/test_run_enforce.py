@@ -65,6 +65,22 @@ def test_a_tight_budget_is_kept_and_every_token_is_right(direct_dir: Path) -> No
     assert not cgroup_of(process).exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--prompt-len", "3000", "--batch-size", "16", "--mem-budget", "380M"),
+        ("--prompt-len", "4000", "--batch-size", "8", "--mem-budget", "400M", "--checksum"),
+        ("--prompt-len", "1200", "--batch-size", "4", "--mem-budget", "340M", "--attention", "eager"),
+    ],
+)
+def test_a_tight_budget_is_kept_where_nothing_enforces_it(direct_dir: Path, words: tuple[str, ...]) -> None:
+    """By plan and governor alone, and sampled as the budget counts: no limit makes the kernel help."""
+    record = finished(start(direct_dir, *words, "--no-enforce", "--max-new-tokens", "16"))
+    memory = record["memory"]
+    assert memory["enforced"] is False
+    assert 0.5 * memory["budget_bytes"] < memory["peak_bytes"] <= memory["budget_bytes"]
+
+
 @pytest.mark.needs("cgroup_v1")
 def test_a_budget_that_is_too_small_is_refused_in_words(direct_dir: Path) -> None:
     """Not by the kernel's killer while libraries are loaded."""

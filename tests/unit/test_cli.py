@@ -45,19 +45,27 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return streams.err.splitlines()
 
 
-@pytest.mark.parametrize("wished", [None, "active"])
-def test_torch_finds_how_its_threads_are_to_wait(wished: str | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "usual", "wished"),
+    [
+        ("OMP_WAIT_POLICY", "passive", None),
+        ("OMP_WAIT_POLICY", "passive", "active"),
+        ("LRU_CACHE_CAPACITY", "16", None),
+        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16", "1024"),
+    ],
+)
+def test_torch_finds_its_environment(name: str, usual: str, wished: str | None) -> None:
     """Before it is loaded; who has set it keeps it."""
     code = (
         "import os, sys; from dualblade.cli.main import main; status = main(); "
-        "print(status, 'torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+        f"print(status, 'torch' in sys.modules, os.environ['{name}'])"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": wished} if wished else {}
+    environment = {each: value for each, value in os.environ.items() if each != name}
+    environment |= {name: wished} if wished else {}
     done = subprocess.run(
         [sys.executable, "-c", code, "-h"], env=environment, capture_output=True, check=True
     )
-    assert done.stdout.decode().splitlines()[-1] == f"0 False {wished or 'passive'}"
+    assert done.stdout.decode().splitlines()[-1] == f"0 False {wished or usual}"
 
 
 def test_help_lists_every_command_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
