@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from pathlib import Path
 
 import pytest
@@ -125,9 +124,9 @@ def test_what_is_read_again(span: int, again: int, tmp_path: Path) -> None:
 
 def storages() -> dict[int, int]:
     """Bytes of all tensors' memory by address."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what some other object is
-        held = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    held = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
