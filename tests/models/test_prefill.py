@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -125,9 +126,13 @@ def test_what_is_read_again(span: int, again: int, tmp_path: Path) -> None:
 def storages() -> dict[int, int]:
     """Bytes of all tensors' memory by address."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
-    held = [tensor.untyped_storage() for tensor in tensors]
-    return {storage.data_ptr(): storage.nbytes() for storage in held}
+    sizes = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor):
+            with suppress(NotImplementedError):  # one of vmap's has none
+                storage = found.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sizes
 
 
 @pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"gemma2"}))  # which has no sdpa
