@@ -218,7 +218,7 @@ def activation_bytes(
     """
     text = text_config(config)
     hidden, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    head_dim = _head_dim(text)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
     rows = batch * chunk
     mlp = rows * (4 * hidden + 3 * inner) * itemsize
@@ -233,11 +233,15 @@ def activation_bytes(
     return max(mlp, attending) * 5 // 4 + logits + slack
 
 
+def _head_dim(text: Any) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
 def repeated_bytes(config: PreTrainedConfig, batch: int, context: int, itemsize: int) -> int:
     """K or V of one layer, repeated for every query head, in bytes."""
     text = text_config(config)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return batch * int(text.num_attention_heads) * int(head_dim) * context * itemsize
+    head_dim = _head_dim(text)
+    return batch * int(text.num_attention_heads) * head_dim * context * itemsize
 
 
 def paused_bytes(
@@ -248,7 +252,7 @@ def paused_bytes(
     every kind of layer or else its learned position, and its row of every mask that is not dropped meanwhile.
     What else a padded prompt has is in the heap's slack."""
     text = text_config(config)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = _head_dim(text)
     masks = 0 if attention in (GROUPED, STREAMED) else 1 + bool(getattr(text, "sliding_window", None))
     kinds = len(set(getattr(text, "layer_types", None) or [None]))
     position = 2 * kinds * head_dim if hasattr(text, "rope_parameters") else text.hidden_size
