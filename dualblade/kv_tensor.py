@@ -170,11 +170,11 @@ class Tensor:
         """Tokens of the unfinished block."""
         return self.tokens - self.full * self.layout.block_tokens
 
-    def end_of_groups(self, first: int, end: int) -> int:
-        """Where in blocks [first, end) the last one ends that completes a group, or a segment; `first` where
-        none does."""
+    def end_to_write(self, first: int, end: int) -> int:
+        """Where in blocks [first, end) the last one ends that completes what is written together, or a
+        segment; `first` where none does."""
         segment = self.segment_of(end - 1)
-        part = (end - segment.base) % self.layout.group if end < segment.end else 0
+        part = (end - segment.base) % self.layout.written_together if end < segment.end else 0
         return max(first, segment.first, end - part)
 
     def end_to_read(self, capacity: int) -> int:

@@ -4,15 +4,16 @@
 A block is the fewest tokens that are written at once: [batch x KV head, tokens, head_dim], of each head
 whole 4 KiB pages. On the medium the blocks of a group lie head by head,
 [batch x KV head, group's tokens, head_dim], so that a head's run is long enough to be read at the drive's
-speed, and the rest that waits in memory to become a block is small all the same. Whole groups are one
-sequential range. In memory the tensor is head-major, [batch x KV head, capacity, head_dim]: the engine
-scatters each run to its place, and attention reads the memory as it is.
+speed, and the rest that waits in memory to become a block is small all the same. In memory a slot is
+head-major too, [batch x KV head, capacity, head_dim], and attention reads it as it is. A group is what a slot
+holds, so that a whole one is one sequential range of the medium and of memory; what is not whole is read and
+written a run a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from dualblade.tensors import TensorSpec
@@ -20,7 +21,8 @@ from dualblade.units import KIB, MIB
 
 PAGE = 4 * KIB
 # Measured on a virtual drive, 1 MiB commands at depth 32, as a share of contiguous memory:
-# runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06.
+# runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06. Beside attention on all CPUs even
+# those of 128 KiB are slower than contiguous memory: 0.89 of the drive's limit, and 0.93.
 BEST_RUN = 128 * KIB
 # A command takes that drive as long as 24 to 28 KiB more of a longer one (80 to 512 KiB, 32 MiB in flight).
 # So what is missing of a group is read with it, unless it is more than this of a head, or than that part.
@@ -38,7 +40,8 @@ TAIL_PART = 256
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How one tensor is cut. block_tokens: tokens in a block; run_bytes: one head's part of it;
-    block_bytes: the whole block on the medium; runs: batch x KV heads; group: blocks of a group."""
+    block_bytes: the whole block on the medium; runs: batch x KV heads; group: blocks of a group, fewer where
+    there are no more."""
 
     runs: int
     row_bytes: int
@@ -53,6 +56,12 @@ class Layout:
     def group_run_bytes(self) -> int:
         """What lies together of one head on the medium."""
         return self.group * self.run_bytes
+
+    @property
+    def written_together(self) -> int:
+        """Blocks of a prompt that are written at once: a group, or BEST_RUN a head of a longer one."""
+        best = max(1, BEST_RUN // self.run_bytes)
+        return best if self.group >= 2 * best else self.group
 
     @property
     def block_bytes(self) -> int:
@@ -75,6 +84,10 @@ class Layout:
     def slot_bytes(self, capacity: int) -> int:
         return self.runs * capacity * self.row_bytes
 
+    def for_slots(self, capacity: int) -> Layout:
+        """In groups of what a slot of `capacity` tokens holds."""
+        return replace(self, group=max(1, capacity // self.block_tokens))
+
 
 def smallest_block(row_bytes: int) -> int:
     """The fewest tokens whose run is whole pages."""
@@ -83,7 +96,8 @@ def smallest_block(row_bytes: int) -> int:
 
 def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
     """The longest block up to BEST_BLOCK a head whose unfinished one, which stays in memory, takes at most
-    `tail_bytes` and at most a TAIL_PART of the tensor, in groups of BEST_RUN a head to twice that."""
+    `tail_bytes` and at most a TAIL_PART of the tensor. All of it is one group, of BEST_RUN a head at
+    least: it may come to be longer."""
     block = smallest_block(spec.row_bytes)
     while (
         2 * block * spec.row_bytes <= BEST_BLOCK
@@ -91,14 +105,8 @@ def choose_layout(spec: TensorSpec, tail_bytes: int | None = None) -> Layout:
         and (tail_bytes is None or 2 * block * spec.token_bytes <= tail_bytes)
     ):
         block *= 2
-    group = _even_group(-(-spec.tokens // block), max(1, BEST_RUN // (block * spec.row_bytes)))
+    group = max(-(-spec.tokens // block), BEST_RUN // (block * spec.row_bytes), 1)
     return Layout(spec.runs, spec.row_bytes, block, group)
-
-
-def _even_group(blocks: int, best: int) -> int:
-    """Blocks of a group, from `best` to less than twice as many, so that the last group lacks the fewest: a
-    rest of few blocks would be short runs, one a head, which take longer to read than long ones."""
-    return min(range(best, 2 * best), key=lambda group: (-blocks % group, group))
 
 
 def chunk_bytes(block_bytes: Iterable[int], total: int) -> int:

@@ -78,17 +78,12 @@ def plan_pipeline(
     return PipelinePlan(depth, 2 * (depth + 1))
 
 
-def plan_stream(
-    tokens: int, unit_tokens: int, unit_bytes: int, available: int, group: int = 1
-) -> PipelinePlan | None:
+def plan_stream(tokens: int, unit_tokens: int, unit_bytes: int, available: int) -> PipelinePlan | None:
     """Chunks of a layer, as long as a third of `available` bytes allows and `tokens` asks for; None where not
-    even the shortest fit. unit: the shortest chunk, tokens and bytes of its K or V. group: units that are
-    read best together."""
+    even the shortest fit. unit: the shortest chunk, tokens and bytes of its K or V."""
     for slots in STREAM_SLOTS:
         room = available if slots == STREAM_SLOTS[-1] else available // STAGING_PART
         units = min(room // slots, max(STREAM_CHUNK, unit_bytes)) // unit_bytes
-        if units > group:
-            units -= units % group
         if units > 0:
             return PipelinePlan(0, slots, min(units, -(-tokens // unit_tokens)) * unit_tokens)
     return None

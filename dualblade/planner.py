@@ -103,6 +103,8 @@ def make_plan(
     migration = chunk if request.live else 0
     pipeline = _plan_staging(specs, layouts, request, left - tails - migration)
     capacity, slot_bytes = _slot(specs, layouts, pipeline.chunk_tokens)
+    if not grows:
+        layouts = {key: layout.for_slots(capacity) for key, layout in layouts.items()}
     footprint = Footprint(
         request.weights, request.runtime, pipeline.slots * slot_bytes, tails, migration, request.activations
     )
@@ -186,8 +188,7 @@ def _plan_staging(
     if request.stream == "never":
         raise _too_small(request, left, 2 * slot_bytes, "one layer's K and V")
     tokens, unit = _slot(specs, layouts, 1)
-    group = max(layout.group for layout in layouts.values())
-    streamed = plan_stream(capacity, tokens, unit, left, group)
+    streamed = plan_stream(capacity, tokens, unit, left)
     if streamed is None:
         raise _too_small(request, left, STREAM_SLOTS[-1] * unit, "the chunks of one layer's K and V")
     return streamed

@@ -269,13 +269,13 @@ class KVStore(StoreParts):
                 self._make_room(tensor)
                 tensor.held += tensor.full - old
                 many = count > LONGEST_DECODE
-                end = tensor.end_of_groups(tensor.stored, tensor.full) if many else tensor.full
+                end = tensor.end_to_write(tensor.stored, tensor.full) if many else tensor.full
                 self._write_held(tensor, slot, end)
             self._keep_tail(tensor, slot, count)
 
     def _write_held(self, tensor: Tensor, slot: Slot, end: int) -> None:
-        """What is held of blocks [0, end) goes to the medium. A prompt comes in small parts: it is written
-        group by group, in a command for many of its parts, and the last group with the layer."""
+        """What is held of blocks [0, end) goes to the medium. A prompt comes in small parts: many of
+        them are written together, and the rest with the layer."""
         first = tensor.stored
         if first == end:
             return

@@ -156,15 +156,14 @@ def _measure(script: Script, mode: Mode, rounds: int) -> dict[str, Any]:
 def _filled(script: Script, mode: Mode) -> Iterator[KVStore]:
     """A store whose tensors are full of what lies on the medium."""
     specs = make_specs(script.layers, 1, HEADS, HEAD_DIM, ITEMSIZE, TOKENS)
-    layouts = {spec.key: choose_layout(spec) for spec in specs}
+    capacity = TOKENS // CHUNKS if script.streamed else TOKENS
+    layouts = {spec.key: choose_layout(spec).for_slots(capacity) for spec in specs}
     sizes = {key: layout.bytes_for(TOKENS) for key, layout in layouts.items()}
     with Queue.memory(sum(sizes.values()), script=MemOptions(bandwidth=BANDWIDTH)) as queue:
         path = RawPath(queue)
         ahead = min(AHEAD, script.layers - 1) if mode.crosses_layers else 0
-        slots, capacity = 2 * (ahead + 1), TOKENS
+        slots = STREAM_SLOTS[0] if script.streamed else 2 * (ahead + 1)
         kind = StreamedStore if script.streamed else KVStore
-        if script.streamed:
-            slots, capacity = STREAM_SLOTS[0], TOKENS // CHUNKS
         scheduler = Scheduler(mode, ahead)
         if script.streamed:
             scheduler.store_share = StoreShare(STORE_SLOTS, STORE_SLOTS, slots - 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt that passes a layer part by part is written group by group, and the rest of it with the layer."""
+"""A prompt that passes a layer part by part is written many parts at once, the rest of it with the layer."""
 
 from __future__ import annotations
 
@@ -177,16 +177,16 @@ def test_closing_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(queue.closed for queue in queues)
 
 
-def test_where_groups_end() -> None:
+def test_where_what_is_written_together_ends() -> None:
     """Counted from where a segment's room begins, and at the end of a segment."""
     with one_tensor(written=0, blocks=30) as (_, _, tensor):
         room, other = (Room(K0, kind, 0, 0, 30 * PAGE) for kind in (CACHE, DIRECT))
         tensor.segments = [Segment(0, 7, room, 30, 0), Segment(7, 8, other, 3, 5)]
         assert tensor.layout.group == 3
-        ends = {end: tensor.end_of_groups(0, end) for end in range(1, 16)}
+        ends = {end: tensor.end_to_write(0, end) for end in range(1, 16)}
         assert ends == {
             1: 0, 2: 0, 3: 3, 4: 3, 5: 3, 6: 6, 7: 7,
             8: 8, 9: 8, 10: 8, 11: 11, 12: 11, 13: 11, 14: 14, 15: 15,
         }  # fmt: skip
-        assert tensor.end_of_groups(9, 10) == 9
+        assert tensor.end_to_write(9, 10) == 9
         tensor.segments = []

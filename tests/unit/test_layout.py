@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,13 +102,26 @@ def test_the_longest_block_within_the_limits(spec: TensorSpec, tail_bytes: int |
 
 
 @given(specs, st.one_of(st.none(), st.integers(0, 1 << 32)))
-def test_groups_have_long_runs_whatever_the_block_and_the_last_is_as_full_as_can_be(
-    spec: TensorSpec, tail_bytes: int | None
-) -> None:
+def test_a_tensor_is_one_group_which_has_long_runs(spec: TensorSpec, tail_bytes: int | None) -> None:
     layout = choose_layout(spec, tail_bytes)
-    best, blocks = max(1, BEST_RUN // layout.run_bytes), layout.blocks_for(spec.tokens)
-    assert best <= layout.group < 2 * best
-    assert -blocks % layout.group == min(-blocks % group for group in range(best, 2 * best))
+    blocks = layout.blocks_for(spec.tokens)
+    assert layout.group >= blocks
+    assert layout.group == blocks or layout.group_run_bytes <= max(BEST_RUN, layout.run_bytes)
+
+
+@given(layouts, tokens)
+def test_a_group_is_what_a_slot_holds(layout: Layout, capacity: int) -> None:
+    made = layout.for_slots(capacity)
+    assert made.group == max(1, capacity // layout.block_tokens)
+    assert replace(made, group=layout.group) == layout
+
+
+@given(layouts, st.integers(1, 1 << 12))
+def test_what_is_written_together_is_a_group_or_long_runs(layout: Layout, group: int) -> None:
+    made = replace(layout, group=group)
+    run = made.written_together * made.run_bytes
+    assert made.written_together == group or BEST_RUN // 2 < run <= max(BEST_RUN, made.run_bytes)
+    assert run < max(2 * BEST_RUN, 2 * made.run_bytes)
 
 
 @given(specs, st.integers(0, 1 << 32), st.integers(0, 1 << 32))
@@ -119,14 +134,14 @@ def test_a_larger_allowance_never_shortens_the_block(spec: TensorSpec, one: int,
 @pytest.mark.parametrize(
     ("head_dim", "itemsize", "count", "tail_bytes", "block_tokens", "group"),
     [
-        (128, 2, 65536, None, 64, 8),  # Llama-3-8B: 16 KiB a head, in runs of 128 KiB
-        (128, 2, 65536, 32 * 256 * 8, 32, 16),
-        (128, 2, 65536, 0, 16, 32),
-        (128, 2, 100, None, 16, 32),
-        (64, 2, 65536, None, 128, 8),
-        (96, 2, 65536, None, 64, 16),  # blocks of 12 KiB; groups of 10 would leave a rest of 4
-        (80, 4, 65536, None, 64, 8),  # 20 KiB are the fewest whole pages
-        (64, 4, 1056, None, 16, 33),  # in groups of 32 the last two blocks would be alone
+        (128, 2, 65536, None, 64, 1024),  # Llama-3-8B: 16 KiB a head
+        (128, 2, 65536, 32 * 256 * 8, 32, 2048),
+        (128, 2, 65536, 0, 16, 4096),
+        (128, 2, 100, None, 16, 32),  # it may grow: BEST_RUN a head
+        (64, 2, 65536, None, 128, 512),
+        (96, 2, 65536, None, 64, 1024),
+        (80, 4, 65536, None, 64, 1024),  # 20 KiB are the fewest whole pages
+        (64, 4, 1056, None, 16, 66),
         (1, 1, 10, None, 4096, 32),
     ],
 )

@@ -46,6 +46,15 @@ def test_within_the_budget(budget: int, stream: str) -> None:
     assert whole >= (stream == "never")
 
 
+@given(budget=st.integers(16 * MIB, 4 * GIB))
+def test_what_a_slot_holds_lies_together(budget: int) -> None:
+    """A whole layer, or a chunk of it: one sequential range of the medium and of memory."""
+    made = plan(budget, "auto")
+    for layout in made.layouts.values():
+        assert layout.group * layout.block_tokens == made.capacity
+        assert layout.group * layout.block_bytes == made.slot_bytes
+
+
 def test_one_piece_is_the_default_where_it_fits() -> None:
     assert plan(2 * LAYER, "auto") == plan(2 * LAYER, "auto")
     assert plan(2 * LAYER, "auto").pipeline == plan(2 * LAYER, "never").pipeline
