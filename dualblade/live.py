@@ -318,8 +318,7 @@ class LiveGovernor:
 
 def _to_come(footprint: Footprint, seen: Look) -> int:
     """What no touch had brought in yet of the memory that is planned for slots, tails and migrations."""
-    planned = footprint.staging_bytes, footprint.tails_bytes, footprint.migration_bytes
-    return sum(max(0, nbytes - there) for nbytes, there in zip(planned, seen.resident, strict=True))
+    return sum(max(0, getattr(footprint, part) - there) for part, there in seen.touched.items())
 
 
 def _reported(step: int, move: Move) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from dualblade.tensors import PathKind, Placement, TensorSpec
 from dualblade.traffic import copy_pace
 from dualblade.units import GIB, MIB
 from dualblade.watch import MemoryWatch, changed, look
-from spdk_glue import QueueOptions
+from spdk_glue import QueueOptions, Region
 
 NOTICED_PART = 128  # of the KV, or so many bytes: a change of memory that is worth a look
 MOST_NOTICED = 64 * MIB
@@ -146,7 +146,7 @@ class Offload:
         migrator.claim(list(tensors.values()))
         noticed = min(sum(spec.nbytes for spec in plan.specs) // NOTICED_PART, MOST_NOTICED)
         watch = MemoryWatch(
-            lambda: look(host, self._cached_fds(), (*self.store.regions, migrator.region)),
+            lambda: look(host, self._cached_fds(), self._buffers(migrator.region)),
             lambda before: changed(host, before, noticed),
         )
         governor = LiveGovernor(
@@ -156,6 +156,11 @@ class Offload:
         )  # fmt: skip
         watch.start()
         return governor
+
+    def _buffers(self, migration: Region) -> dict[str, Region]:
+        """What of the footprint is memory of ours, which no touch may have brought in yet."""
+        slots, tails = self.store.regions
+        return {"staging_bytes": slots, "tails_bytes": tails, "migration_bytes": migration}
 
     def _make_store(self, specs: Sequence[TensorSpec], device: Device) -> KVStore:
         plan = self.plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from dualblade.errors import ConfigError
 from dualblade.host.cgroup import memory_cgroups
@@ -23,26 +23,28 @@ STALLED_PART = 0.01  # of the time, spent waiting for memory: no calm
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look. pages: what the page cache holds of our files. at: seconds of the monotonic clock. resident:
-    bytes of each buffer that were in memory."""
+    """One look. pages: what the page cache holds of our files. at: seconds of the monotonic clock. touched:
+    bytes of each buffer that were in memory, by the part of the footprint that it is."""
 
     snapshot: MemorySnapshot
     pressure: Pressure
     pages: CachedPages
     at: float = 0.0
-    resident: tuple[int, ...] = ()
+    touched: Mapping[str, int] = field(default_factory=dict)
 
 
-def look(host: Host, fds: Iterable[int], buffers: Iterable[Region] = ()) -> Look:
-    """fds: our files, which stay open meanwhile. Raises ConfigError, GlueError."""
-    resident = tuple(buffer.resident for buffer in buffers)  # first: what comes meanwhile counts twice
+def look(host: Host, fds: Iterable[int], buffers: Mapping[str, Region] | None = None) -> Look:
+    """fds: our files, which stay open meanwhile. buffers: by the part of the footprint that each is. Raises
+    ConfigError, GlueError."""
+    # first: what comes meanwhile counts twice
+    touched = {part: region.resident for part, region in (buffers or {}).items()}
     found = [cached_pages(fd) for fd in fds]
     pages = CachedPages(
         sum(pages.cached for pages in found),
         sum(pages.dirty for pages in found),
         sum(pages.evicted for pages in found),
     )
-    return Look(*_glance(host), pages, time.monotonic(), resident)
+    return Look(*_glance(host), pages, time.monotonic(), touched)
 
 
 def _glance(host: Host) -> tuple[MemorySnapshot, Pressure]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Memory:
         self.anon = take_snapshot(Host()).process_anon
         self.beside_buffers: int | None = None  # in place of anon, and what of the buffers is there
 
-    def look(self, host: Host, fds: list[int], buffers: Sequence[Region]) -> Look:
+    def look(self, host: Host, fds: list[int], buffers: dict[str, Region]) -> Look:
         seen = look(host, fds, buffers)
         beside = self.beside_buffers
         return replace(
@@ -65,7 +65,7 @@ class Memory:
                 available=self.available,
                 cgroup_headroom=self.headroom
                 and self.headroom - seen.pages.dirty - seen.pages.cached // KERNEL_PART,
-                process_anon=self.anon if beside is None else beside + sum(seen.resident),
+                process_anon=self.anon if beside is None else beside + sum(seen.touched.values()),
                 process_hugetlb=0,
             ),
             pressure=Pressure(full_s=seen.at if self.stalled else 0.0),
