@@ -22,7 +22,7 @@ from dualblade.units import KIB, MIB
 PAGE = 4 * KIB
 # Measured on a virtual drive, 1 MiB commands at depth 32, as a share of contiguous memory:
 # runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06. Beside attention on all CPUs even
-# those of 128 KiB are slower than contiguous memory: 0.89 of the drive's limit, and 0.93.
+# those of 128 KiB are slower than contiguous memory: 0.89 of the drive's limit, and 0.94.
 BEST_RUN = 128 * KIB
 # A command takes that drive as long as 24 to 28 KiB more of a longer one (80 to 512 KiB, 32 MiB in flight).
 # So what is missing of a group is read with it, unless it is more than this of a head, or than that part.
