@@ -15,6 +15,9 @@ from dualblade.cycle import Move, TensorState
 from dualblade.errors import ConfigError, DualBladeError
 from dualblade.governor import Footprint
 from dualblade.governor_trace import encode, move_record
+from dualblade.host.heap import return_free_memory
+from dualblade.host.meminfo import process_memory
+from dualblade.host.sysfs import Host
 from dualblade.kv_tensor import Tensor
 from dualblade.migration import Migrator
 from dualblade.paths.base import StoragePath
@@ -29,6 +32,7 @@ DEMOTE_PART, PROMOTE_PART = 8, 16  # of all KV, copied for one decision and one 
 BAND_PART = 32
 LARGEST_BAND = 256 * MIB
 PATIENCE = 4  # looks: a second
+HEAP_STEP = 16 * MIB
 MOVES_REPORTED = 1000
 # Of what the page cache holds, the kernel's own memory for it, charged to a cgroup: on ext4 104 bytes of
 # buffer head for each 4 KiB, tree nodes, page tables. Measured: 65 MB of 2.1 GB.
@@ -87,6 +91,8 @@ class LiveGovernor:
         self._keys = sorted(tensors)
         self._state = GovernorState()
         self._decided = -1
+        self._looked = -1
+        self._trimmed = 0  # anonymous memory when the heap had just given back what was free
         self._more = False
         self._rate = 0
         self._hurried = False
@@ -105,9 +111,22 @@ class LiveGovernor:
         if self._last is None or key <= self._last:
             self._between_passes()
         self._last = key
+        self._trim_heap()
         self.migrator.poll()
         if self._hurried:
             self._hurry()
+
+    def _trim_heap(self) -> None:
+        """While a prompt passes the heap keeps what is freed (see heap.py): where all comes near what was
+        planned, that goes back."""
+        if self.watch.latest is None or self._reserve is not None or self.watch.latest[0] == self._looked:
+            return
+        self._looked, seen = self.watch.latest
+        anon, footprint = seen.snapshot.process_anon, self._footprint()
+        near = self._held(seen) + _to_come(footprint, seen) + HEAP_STEP > footprint.total
+        if near and anon > self._trimmed + HEAP_STEP:
+            return_free_memory()
+            self._trimmed = process_memory(Host()).anon
 
     def _hurry(self) -> None:
         """Where pages are read back over and over, waiting for a chunk to leave takes less time than keeping
@@ -212,7 +231,7 @@ class LiveGovernor:
             for state in states
         )
         waste = seen.pages.cached - ours
-        held = snapshot.process_anon + snapshot.process_hugetlb + budget.mapped + max(0, waste)
+        held = self._held(seen) + max(0, waste)
         footprint = self._footprint()
         kernel = min(budget.kernel, seen.pages.cached // KERNEL_PART)  # the headroom is less for it already
         # in a forward pass of a prompt the reserve is held already
@@ -235,6 +254,10 @@ class LiveGovernor:
             steps_left=self._steps_left(),
             waited=self._waited(),
         )
+
+    def _held(self, seen: Look) -> int:
+        """By the process, beside what the page cache holds for it."""
+        return seen.snapshot.process_anon + seen.snapshot.process_hugetlb + self._budget.mapped
 
     def _footprint(self) -> Footprint:
         """With the unfinished blocks that are in memory of their own now, and passes as they are now."""

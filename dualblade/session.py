@@ -19,7 +19,7 @@ from dualblade.forecast import DEVICE_PART, Forecast, Prefill, check_machine, de
 from dualblade.groups import group_sizes, group_slices, largest_group
 from dualblade.handles import STREAMED, in_memory_cache
 from dualblade.hf import DualBladeCache
-from dualblade.host.heap import return_large_blocks
+from dualblade.host.heap import keep_large_blocks, return_large_blocks
 from dualblade.host.sysfs import Host
 from dualblade.offload import by_spdk
 from dualblade.planner import RunPlan
@@ -303,6 +303,7 @@ class Session:
             watcher.prefill(done, total)
 
         def on_decode() -> None:
+            return_large_blocks()
             if isinstance(cache, DualBladeCache):
                 cache.decode_begins(self.forecast.decode_activations(self.context, self.prefill))
 
@@ -320,6 +321,8 @@ class Session:
             on_token,
             on_decode,
         )
+        if isinstance(cache, DualBladeCache) and cache.storage.governor:  # which sees to it
+            keep_large_blocks()
         result = generation.run(self.options.max_new_tokens)
         return result, stream.end() if stream else None
 

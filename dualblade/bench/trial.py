@@ -21,7 +21,7 @@ from crc32c import crc32c
 from dualblade.bench.baselines import COMPUTE, Reading, Stage, Subject, make_subject
 from dualblade.bench.workloads import Need, Workload, load_config, make_model, make_prompt, make_specs
 from dualblade.device import leave_a_cpu
-from dualblade.host.heap import return_large_blocks
+from dualblade.host.heap import keep_large_blocks, return_large_blocks
 from dualblade.host.meminfo import process_memory
 from dualblade.host.memory_cgroup import MemoryCgroup
 from dualblade.host.sysfs import Host
@@ -92,7 +92,7 @@ class WatchedGeneration(Generation):
 def run_trial(trial: Trial, tell: Callable[[int], None]) -> dict[str, Any]:
     """tell(n) is called when the n-th token is there. Raises DualBladeError, OSError."""
     torch.manual_seed(trial.workload.seed)
-    return_large_blocks()
+    keep_large_blocks()  # for all alike, as `run` does
     by_spdk = trial.nvme is not None and find_target(trial.nvme).by_spdk
     config, dtype = load_config(trial.workload)
     specs = make_specs(trial.workload, config, dtype)
@@ -124,9 +124,14 @@ def _without_hugepages(trial: Trial) -> int:
 
 def _measure(trial: Trial, model: Any, subject: Subject, tell: Callable[[int], None]) -> dict[str, Any]:
     workload, watch = trial.workload, Watch(subject, tell)
+
+    def on_decode() -> None:
+        return_large_blocks()
+        subject.decode_begins()
+
     generation = WatchedGeneration(
         model, subject.cache, make_prompt(workload, model.config), Sampling(), frozenset(),
-        workload.chunk, workload.context, on_token=watch.on_token, on_decode=subject.decode_begins,
+        workload.chunk, workload.context, on_token=watch.on_token, on_decode=on_decode,
     )  # fmt: skip
     generation.logits = []
     result = generation.run(workload.new_tokens)

@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dtype": "float32",
     }
 }
-ROWS = 512  # of a matrix product in prefill
+ROWS = 1024  # of a matrix product in prefill
 STAGED_LAYERS = 2  # K and V of the layer that is computed and of the one that comes
 # Thread stacks, page tables, what the allocator keeps, code of the libraries that computing first touches: a
 # run with 2 GiB of KV took 98 MiB more than its other parts.
