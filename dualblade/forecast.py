@@ -13,7 +13,14 @@ from dualblade.device_cuda import Accelerator
 from dualblade.errors import BudgetError
 from dualblade.handles import STREAMED
 from dualblade.layers import kept_bytes, kv_specs
-from dualblade.models import DECODE_SLACK, HEAP_SLACK, activation_bytes, paused_bytes, repeated_bytes
+from dualblade.models import (
+    DECODE_SLACK,
+    HEAP_KEPT,
+    HEAP_SLACK,
+    activation_bytes,
+    paused_bytes,
+    repeated_bytes,
+)
 from dualblade.offload import make_request
 from dualblade.planner import RunPlan, make_plan
 from dualblade.residency import MemorySnapshot
@@ -27,6 +34,7 @@ FEWEST_ROWS = 512  # of a matrix product in prefill: fewer take longer
 ACTIVATIONS_PART = 4
 # Streamed, the cache is read again for every chunk of the prompt: its length is worth more than pages.
 STREAMED_PART = 3
+KEPT_PART = 16  # the heap keeps a prompt's blocks where that takes no more of the budget beside the weights
 DEVICE_PART = 0.95  # of a device's free memory: its allocator keeps some between tensors
 LONGEST_CONTEXT = 1 << 24  # of a model that names no end
 
@@ -113,6 +121,13 @@ class Forecast:
         return self.accelerator if self.accelerator and not self.accelerator.unified else None
 
     @property
+    def keeps_heap(self) -> bool:
+        """While a prompt passes, the heap keeps what is freed. The live governor sees to it that this stays
+        within what is planned for it."""
+        keeps = self.settings.live and self.accelerator is None
+        return keeps and self.room >= KEPT_PART * HEAP_KEPT
+
+    @property
     def room(self) -> int:
         """Bytes beside the weights, where forward passes run."""
         if self._discrete:
@@ -121,7 +136,7 @@ class Forecast:
 
     def settings_for(self, context: int, prefill: Prefill) -> CacheSettings:
         """The settings of a run of `context` tokens whose prompt goes through like that."""
-        activations = self._activations(context, prefill)
+        activations = self._activations(context, prefill) + HEAP_KEPT * self.keeps_heap
         return replace(
             self.settings,
             activations=HEAP_SLACK if self._discrete else activations,

@@ -24,6 +24,9 @@ from dualblade.units import MIB
 # What the C library's heap keeps between the tensors of a pass; with a quarter more of the tensors
 # themselves, measured on passes of 0.1 to 1 GiB.
 HEAP_SLACK = 48 * MIB
+# Beside it, where the heap keeps what a prompt frees (see host/heap.py): small blocks cut large ones, which
+# are then too short for the next tensor. Measured 40 to 140 MiB; beyond this the governor has it given back.
+HEAP_KEPT = 96 * MIB
 DECODE_SLACK = 16 * MIB  # the same, when one token passes: what a prompt left behind is seen by then
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

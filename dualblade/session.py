@@ -321,7 +321,7 @@ class Session:
             on_token,
             on_decode,
         )
-        if isinstance(cache, DualBladeCache) and cache.storage.governor:  # which sees to it
+        if isinstance(cache, DualBladeCache) and self.forecast.keeps_heap:
             keep_large_blocks()
         result = generation.run(self.options.max_new_tokens)
         return result, stream.end() if stream else None

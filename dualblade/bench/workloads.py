@@ -151,7 +151,7 @@ def _activations(workload: Workload, config: PreTrainedConfig, dtype: torch.dtyp
         config, workload.batch, workload.tokens, dtype.itemsize, implementation("sdpa")
     )
     kept = kept_bytes(config, workload.batch, workload.tokens, dtype.itemsize)
-    return passing + workload.context * paused + kept
+    return passing + workload.context * paused + kept + models.HEAP_KEPT
 
 
 def decode_activations(config: PreTrainedConfig, batch: int, tokens: int, dtype: torch.dtype) -> int:
