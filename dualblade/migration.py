@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves blocks between the paths while the store is used, one chunk at a time and behind the caller's back.
 
-A chunk is read from where it lies, written to its home on the other path, and only then looked for there. So
-whatever fails or is killed in between, the blocks are where they were. What a demotion leaves behind in the
-page cache is dropped, pages and disk space; what a promotion leaves on the direct path stays, so that the way
-back costs no write as long as nobody changed the rows.
+A chunk is read from where it lies, or taken from the slot where decoding has its rows anyway, written to its
+home on the other path, and only then looked for there. So whatever fails or is killed in between, the blocks
+are where they were. What a demotion leaves behind in the page cache is dropped, pages and disk space; what a
+promotion leaves on the direct path stays, so that the way back costs no write as long as nobody changed the
+rows.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from dualblade.in_place import InPlace
 from dualblade.kv_tensor import Segment, Tensor
 from dualblade.layout import chunk_bytes
 from dualblade.paths.base import Room, StoragePath, Ticket, WriteLimit
+from dualblade.staging import Slot
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import format_size
 from spdk_glue import READ, WRITE, Piece, Region
@@ -40,6 +41,20 @@ class _Chunk:
 
 
 @dataclass(slots=True)
+class _Source:
+    """Keeps a slot from its next tensor while a chunk is written from it. How that ends is the migrator's."""
+
+    ticket: Ticket
+
+    def done(self) -> bool:
+        return self.ticket.done()
+
+    def wait(self) -> None:
+        with suppress(DualBladeError):
+            self.ticket.wait()
+
+
+@dataclass(slots=True)
 class _Leftover:
     """Rooms that are dropped when the transfers that may still use them are done."""
 
@@ -52,7 +67,8 @@ class Migrator:
     """`want()` says what shall lie where, `poll()` goes on with it and never waits. One thread at a time.
 
     refused: why nothing is moved to a path any more: an error ends migrations, not the run. grant: bytes
-    that may still be copied; the caller renews it. wear: what else the paths may write.
+    that may still be copied; the caller renews it. wear: what else the paths may write. at_hand: see
+    KVStore; where it is given nothing is read to be promoted, but goes when it is used.
     """
 
     def __init__(
@@ -61,6 +77,7 @@ class Migrator:
         paths: Mapping[PathKind, StoragePath],
         in_place: InPlace,
         wear: WriteLimit | None = None,
+        at_hand: Callable[[TensorKey], tuple[Slot, int] | None] | None = None,
     ):
         self.tensors = tensors
         self.paths = paths
@@ -73,10 +90,11 @@ class Migrator:
         self.grant = 0
         self.moved_bytes = dict.fromkeys(PathKind, 0)
         self.copied_bytes = 0
-        self._wanted: deque[Move] = deque()
+        self._wanted: list[Move] = []
         self._active: _Chunk | None = None
         self._leftovers: list[_Leftover] = []
         self._in_place = in_place
+        self._at_hand = at_hand
         self._whole: list[Tensor] = []  # that can be read in place, once nobody uses their slots
 
     # homes ----------------------------------------------------------------------------------
@@ -125,7 +143,7 @@ class Migrator:
 
     def want(self, moves: Sequence[Move]) -> None:
         """These instead of what has not begun yet."""
-        self._wanted = deque(move for move in moves if move.to not in self.refused)
+        self._wanted = [move for move in moves if move.to not in self.refused]
 
     @property
     def idle(self) -> bool:
@@ -144,19 +162,25 @@ class Migrator:
             self._map_whole()
         if self._active is not None and not self._advance():
             return
-        while self._wanted and self._active is None:
-            move = self._wanted[0]
-            try:
-                if not self._begin(move):
-                    return
-            except CapacityError as error:
-                self._refuse(str(error), move.to)
-            except DualBladeError as error:
-                self._refuse(str(error), *PathKind)
+        for move in tuple(self._wanted):
+            while self._active is None and move in self._wanted and self._try(move):
+                pass
+            if self._active is not None or (move.to is DIRECT and move in self._wanted):
+                return
+
+    def _try(self, move: Move) -> bool:
+        """As _begin(). What cannot be done is not wanted any more."""
+        try:
+            return self._begin(move)
+        except CapacityError as error:
+            self._refuse(str(error), move.to)
+        except DualBladeError as error:
+            self._refuse(str(error), *PathKind)
+        return False
 
     def _refuse(self, reason: str, *kinds: PathKind) -> None:
         self.refused = dict.fromkeys(kinds, reason) | self.refused
-        self._wanted = deque(move for move in self._wanted if move.to not in self.refused)
+        self._wanted = [move for move in self._wanted if move.to not in self.refused]
 
     def _begin(self, move: Move) -> bool:
         """Start the next chunk of a move, or finish what of it costs nothing. False: not now."""
@@ -165,7 +189,7 @@ class Migrator:
         demotes = tensor.blocks_on(CACHE) > move.cached
         span = _last_cached(tensor, blocks) if demotes else _first_direct(tensor, blocks)
         if not blocks or demotes is not (move.to is DIRECT) or span is None:
-            self._wanted.popleft()
+            self._wanted.remove(move)
             return True
         if any(left.tensor is tensor for left in self._leftovers):
             return False  # a room is not used again before what was in it is gone
@@ -184,14 +208,18 @@ class Migrator:
 
     def _promote(self, tensor: Tensor, first: int, end: int) -> bool:
         """The first of blocks [first, end), which lie in one home."""
-        if first < tensor.stored:
-            end = min(end, tensor.stored, first + self._blocks(tensor))
+        source = self._at_hand(tensor.spec.key) if self._at_hand else None
+        copies = first < tensor.stored
+        if copies:
+            if self.grant <= 0 or (self._at_hand and source is None):
+                return False
+            end = min(end, tensor.stored, first + self._blocks(tensor) if source is None else end)
         self._reserve(tensor, first)
         for part in tensor.parts(CACHE, first, end):
             for room in part.rooms(tensor.layout):
                 self.paths[CACHE].back(room)
-        if first < tensor.stored:
-            return self._copy(tensor, first, end, CACHE)
+        if copies:
+            return self._copy(tensor, first, end, CACHE, source)
         self._switch(tensor, first, end, CACHE)
         return True
 
@@ -200,7 +228,9 @@ class Migrator:
 
     # a chunk --------------------------------------------------------------------------------
 
-    def _copy(self, tensor: Tensor, first: int, end: int, to: PathKind) -> bool:
+    def _copy(
+        self, tensor: Tensor, first: int, end: int, to: PathKind, source: tuple[Slot, int] | None = None
+    ) -> bool:
         nbytes = (end - first) * tensor.layout.block_bytes
         if self.grant <= 0:
             return False
@@ -208,10 +238,26 @@ class Migrator:
             self._refuse(f"--write-cap {format_size(self.wear.limit)} leaves nothing for moves", *PathKind)
             return False
         tensor.intact = end
-        ticket = self._transfer(READ, tensor, first, end, CACHE if to is DIRECT else DIRECT)
-        self._active = _Chunk(tensor, first, end, to, ticket)
+        if source is None:
+            ticket = self._transfer(READ, tensor, first, end, CACHE if to is DIRECT else DIRECT)
+        else:
+            ticket = self._write_from(tensor, first, end, to, *source)
+        self._active = _Chunk(tensor, first, end, to, ticket, writing=source is not None)
         self.grant -= nbytes
         return True
+
+    def _write_from(
+        self, tensor: Tensor, first: int, end: int, to: PathKind, slot: Slot, stride: int
+    ) -> Ticket:
+        run = tensor.layout.run_bytes
+        pieces = [
+            piece
+            for part in tensor.parts(to, first, end)
+            for piece in part.pieces(tensor.layout, slot.address + part.first * run, stride)
+        ]
+        ticket = self.paths[to].transfer(WRITE, tensor.spec.key, pieces)
+        slot.drains.append(_Source(ticket))
+        return ticket
 
     def _to_come(self) -> int:
         """Bytes that the run itself will still write."""

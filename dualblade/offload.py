@@ -142,7 +142,8 @@ class Offload:
             None if grows else plan.specs[0].tokens, settings.policy, plan.in_place and not grows,
             self._kernel,
         )  # fmt: skip
-        migrator = Migrator(tensors, self.paths, self.store.in_place, self.wear)
+        at_hand = self.store.at_hand if self.store.whole_on_host else None
+        migrator = Migrator(tensors, self.paths, self.store.in_place, self.wear, at_hand)
         migrator.claim(list(tensors.values()))
         noticed = min(sum(spec.nbytes for spec in plan.specs) // NOTICED_PART, MOST_NOTICED)
         watch = MemoryWatch(

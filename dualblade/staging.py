@@ -8,11 +8,18 @@ layer at a time and goes back to the pool when every write out of it has complet
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 from dualblade.paths.base import Ticket
 from dualblade.units import round_up
 from spdk_glue import PAGE, Event, Region
+
+
+class Use(Protocol):
+    """Of a slot's memory. wait() raises what the slot's user is to know."""
+
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
 
 
 class Slot:
@@ -32,7 +39,7 @@ class Slot:
         self.owner: object = None
         self.generation = 0
         self.fills: list[Ticket] = []
-        self.drains: list[Ticket] = []
+        self.drains: list[Use] = []
         self.copies: list[tuple[int, Event]] = []
 
     def __repr__(self) -> str:
@@ -89,8 +96,8 @@ class SlotPool:
         self._free.append(slot)
 
     @staticmethod
-    def _pending(slot: Slot) -> list[Ticket]:
-        return slot.fills + slot.drains
+    def _pending(slot: Slot) -> list[Use]:
+        return [*slot.fills, *slot.drains]
 
     def drain(self) -> None:
         """Wait for every write. Raises StorageError."""

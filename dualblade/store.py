@@ -49,6 +49,13 @@ class KVStore(StoreParts):
             self._restore_tail(tensor, slot)
         return slot
 
+    def at_hand(self, key: TensorKey) -> tuple[Slot, int] | None:
+        """The slot that has all rows of a tensor in host memory now, and bytes from head to head in it."""
+        slot, tensor = self._in_use.get(key), self.tensors[key]
+        if slot is None or slot.fills or tensor.mapped:
+            return None
+        return slot, tensor.head_stride(self.capacity)
+
     def _enter_layer(self, layer: int, tokens: int) -> None:
         """Let the last layer's slots go, and start what this layer and the next ones need."""
         if layer == self._layer and self._fits(layer, tokens):

@@ -106,8 +106,9 @@ class StoreParts:
         self._fetched: dict[TensorKey, Slot] = {}
         self._short = False  # of slots, when the next layers were fetched
         self._staged: dict[TensorKey, Tensor] = {}  # whose first rows were written from a slot
-        in_place = self.reads_in_place and device.reads_in_place
-        self.in_place = InPlace(device, paths, in_place and not checksum)
+        # a layer's rows are in host memory as a whole, and attention reads them there
+        self.whole_on_host = self.reads_in_place and device.reads_in_place
+        self.in_place = InPlace(device, paths, self.whole_on_host and not checksum)
         self._tails, self.tensors = self._make_tensors(specs, layouts)
         self._make_pool(capacity)
 

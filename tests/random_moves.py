@@ -13,10 +13,12 @@ from spdk_glue import Region
 
 
 class RandomMoves:
-    """A governor without sense: any number of blocks of any tensor, at any time. often: 0 to 1."""
+    """A governor without sense: any number of blocks of any tensor, at any time. often: 0 to 1. With an odd
+    seed what is promoted comes from the slots, where a store has any."""
 
     def __init__(self, store: KVStore, seed: int, often: float = 0.5):
-        self.migrator = Migrator(store.tensors, store.paths, store.in_place)
+        at_hand = store.at_hand if store.whole_on_host and seed % 2 else None
+        self.migrator = Migrator(store.tensors, store.paths, store.in_place, at_hand=at_hand)
         self.random = random.Random(seed)
         self.often = often
         self.in_place: set[tuple[TensorKey, bool]] = set()  # how tensors were found when they were used

@@ -50,6 +50,7 @@ def store_with(shape: Shape, paths: dict, placed: bool = True) -> Iterator[Check
 
 def finish(moves: RandomMoves) -> None:
     """Until nothing more moves."""
+    moves.migrator._at_hand = None  # nothing is used meanwhile
     moves.migrator.grant = 1 << 40
     while not moves.migrator.idle or moves.migrator._leftovers:
         moves.migrator.poll()
