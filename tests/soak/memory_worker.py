@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.host.budget_cgroup import BudgetCgroup
-from dualblade.host.heap import return_large_blocks
+from dualblade.host.heap import keep_large_blocks, return_large_blocks
 
 NEW = 24
 
@@ -80,13 +80,13 @@ def play(model: Any, group: BudgetCgroup, budget: int, folder: Path, seed: int) 
 
 def main(budget: int, folder: Path, seed: int) -> None:
     with BudgetCgroup.enter() as group:
-        return_large_blocks()
         model = make_model()
         group.limit(budget)
         number = 0
         while not select.select([sys.stdin], [], [], 0)[0]:
             gc.collect()  # what a round leaves is not to be the next one's runtime
             its = seed * 1_000_003 + number
+            (keep_large_blocks if number % 2 else return_large_blocks)()
             print(json.dumps({"seed": its} | play(model, group, budget, folder, its)), flush=True)
             number += 1
 
