@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dualblade.integrity import Checksums
-from dualblade.layout import READ_THROUGH, READ_THROUGH_PART, Layout
+from dualblade.layout import BEST_COPY, BEST_RUN, READ_THROUGH, READ_THROUGH_PART, Layout
 from dualblade.paths.base import Room, StoragePath, Ticket
 from dualblade.staging import Slot
 from dualblade.tensors import PathKind, TensorSpec
@@ -174,7 +174,9 @@ class Tensor:
         """Where in blocks [first, end) the last one ends that completes what is written together, or a
         segment; `first` where none does."""
         segment = self.segment_of(end - 1)
-        part = (end - segment.base) % self.layout.written_together if end < segment.end else 0
+        best_run = BEST_COPY if segment.room.path is PathKind.PAGE_CACHE else BEST_RUN
+        together = self.layout.written_together(best_run)
+        part = (end - segment.base) % together if end < segment.end else 0
         return max(first, segment.first, end - part)
 
     def end_to_read(self, capacity: int) -> int:

@@ -177,6 +177,18 @@ def test_closing_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(queue.closed for queue in queues)
 
 
+def test_longer_runs_are_copied_to_the_page_cache_than_written_to_the_drive() -> None:
+    with one_tensor(written=0, blocks=30) as (_, _, tensor):
+        tensor.layout = replace(tensor.layout, group=1000)
+        drive, cache = BEST_RUN // tensor.layout.run_bytes, BEST_COPY // tensor.layout.run_bytes
+        for kind, most in ((DIRECT, drive), (CACHE, cache)):
+            room = Room(K0, kind, 0, 0, 1000 * tensor.layout.block_bytes)
+            tensor.segments = [Segment(0, 1000, room, 1000, 0)]
+            ends = [tensor.end_to_write(0, end) for end in (most - 1, most, most + 1, 2 * most)]
+            assert ends == [0, most, most, 2 * most]
+        tensor.segments = []
+
+
 def test_where_what_is_written_together_ends() -> None:
     """Counted from where a segment's room begins, and at the end of a segment."""
     with one_tensor(written=0, blocks=30) as (_, _, tensor):

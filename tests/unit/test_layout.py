@@ -119,8 +119,8 @@ def test_a_group_is_what_a_slot_holds(layout: Layout, capacity: int) -> None:
 @given(layouts, st.integers(1, 1 << 12))
 def test_what_is_written_together_is_a_group_or_long_runs(layout: Layout, group: int) -> None:
     made = replace(layout, group=group)
-    run = made.written_together * made.run_bytes
-    assert made.written_together == group or BEST_RUN // 2 < run <= max(BEST_RUN, made.run_bytes)
+    run = made.written_together(BEST_RUN) * made.run_bytes
+    assert made.written_together(BEST_RUN) == group or BEST_RUN // 2 < run <= max(BEST_RUN, made.run_bytes)
     assert run < max(2 * BEST_RUN, 2 * made.run_bytes)
 
 
