@@ -19,6 +19,7 @@ from test_store import mem_store
 
 from dualblade.errors import StorageError
 from dualblade.kv_tensor import Segment
+from dualblade.layout import BEST_COPY, BEST_RUN
 from dualblade.paths.base import Room
 from dualblade.store import LONGEST_DECODE
 from dualblade.tensors import TensorKey
