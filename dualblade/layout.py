@@ -24,7 +24,7 @@ PAGE = 4 * KIB
 # runs of 4 KiB 0.41, 16 KiB 0.73, 64 KiB 0.95, 128 KiB 1.05, 256 KiB 1.06. Beside attention on all CPUs even
 # those of 128 KiB are slower than contiguous memory: 0.89 of the drive's limit, and 0.94.
 BEST_RUN = 128 * KIB
-# Copied into the page cache at once: a quarter less CPU than in runs of 128 KiB, beside attention on all CPUs.
+# Copied into the page cache at once: a quarter less CPU than runs of 128 KiB, beside attention on all CPUs.
 BEST_COPY = 512 * KIB
 # A command takes that drive as long as 24 to 28 KiB more of a longer one (80 to 512 KiB, 32 MiB in flight).
 # So what is missing of a group is read with it, unless it is more than this of a head, or than that part.
