@@ -32,7 +32,7 @@ DEMOTE_PART, PROMOTE_PART = 8, 16  # of all KV, copied for one decision and one 
 BAND_PART = 32
 LARGEST_BAND = 256 * MIB
 PATIENCE = 4  # looks: a second
-HEAP_STEP = 16 * MIB
+HEAP_STEP = 16 * MIB  # so near to the plan the heap is trimmed, and again when it has grown by that
 MOVES_REPORTED = 1000
 # Of what the page cache holds, the kernel's own memory for it, charged to a cgroup: on ext4 104 bytes of
 # buffer head for each 4 KiB, tree nodes, page tables. Measured: 65 MB of 2.1 GB.

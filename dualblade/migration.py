@@ -241,23 +241,13 @@ class Migrator:
         if source is None:
             ticket = self._transfer(READ, tensor, first, end, CACHE if to is DIRECT else DIRECT)
         else:
-            ticket = self._write_from(tensor, first, end, to, *source)
+            slot, stride = source
+            address = slot.address + first * tensor.layout.run_bytes
+            ticket = self._move(WRITE, tensor, first, end, to, address, stride)
+            slot.drains.append(_Source(ticket))
         self._active = _Chunk(tensor, first, end, to, ticket, writing=source is not None)
         self.grant -= nbytes
         return True
-
-    def _write_from(
-        self, tensor: Tensor, first: int, end: int, to: PathKind, slot: Slot, stride: int
-    ) -> Ticket:
-        run = tensor.layout.run_bytes
-        pieces = [
-            piece
-            for part in tensor.parts(to, first, end)
-            for piece in part.pieces(tensor.layout, slot.address + part.first * run, stride)
-        ]
-        ticket = self.paths[to].transfer(WRITE, tensor.spec.key, pieces)
-        slot.drains.append(_Source(ticket))
-        return ticket
 
     def _to_come(self) -> int:
         """Bytes that the run itself will still write."""
@@ -266,11 +256,17 @@ class Migrator:
 
     def _transfer(self, op: int, tensor: Tensor, first: int, end: int, kind: PathKind) -> Ticket:
         """Move blocks between our memory and their homes on a path."""
+        stride = (end - first) * tensor.layout.run_bytes
+        return self._move(op, tensor, first, end, kind, self.region.address, stride)
+
+    def _move(
+        self, op: int, tensor: Tensor, first: int, end: int, kind: PathKind, address: int, stride: int
+    ) -> Ticket:
+        """The same with memory where block `first` is at `address`, and `stride` bytes from head to head."""
         run = tensor.layout.run_bytes
         pieces: list[Piece] = []
         for part in tensor.parts(kind, first, end):
-            address = self.region.address + (part.first - first) * run
-            pieces += part.pieces(tensor.layout, address, (end - first) * run)
+            pieces += part.pieces(tensor.layout, address + (part.first - first) * run, stride)
         return self.paths[kind].transfer(op, tensor.spec.key, pieces)
 
     def _advance(self) -> bool:

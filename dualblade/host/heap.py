@@ -10,7 +10,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _USUAL_TRIM = 128 << 10
 _NEVER_TRIM = 2**31 - 1
 LARGE = 4 << 20
-LARGEST_KEPT = 32 << 20  # glibc takes no higher limit, and raises its own no further
+LARGEST_KEPT = 32 << 20  # glibc raises its own limit no further
 
 
 def return_large_blocks() -> bool:

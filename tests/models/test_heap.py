@@ -9,8 +9,21 @@ from pathlib import Path
 
 import pytest
 
-HOLES = """
-import sys, torch
+MAKE_HOLES = """
+import torch
+
+def make_holes():
+    kept, freed = [], []
+    for _ in range(20):
+        freed.append(torch.ones(16 << 20, dtype=torch.uint8))
+        kept.append(torch.ones(1 << 16, dtype=torch.uint8))
+    return kept
+"""
+
+HOLES = (
+    MAKE_HOLES
+    + """
+import sys
 from dualblade.host.heap import keep_large_blocks, return_free_memory, return_large_blocks
 from dualblade.host.meminfo import process_memory
 from dualblade.host.sysfs import Host
@@ -22,17 +35,14 @@ elif how != "glibc":
 del_later = torch.empty(30 << 20, dtype=torch.uint8)
 del del_later  # by now glibc keeps blocks up to this size on its heap
 before = process_memory(Host()).anon
-kept, freed = [], []
-for _ in range(20):
-    freed.append(torch.ones(16 << 20, dtype=torch.uint8))
-    kept.append(torch.ones(1 << 16, dtype=torch.uint8))
-freed.clear()
+kept = make_holes()
 if how == "trimmed":
     assert return_free_memory()
 if how == "returned later":
     assert return_large_blocks()
 print(process_memory(Host()).anon - before)
 """
+)
 
 
 @pytest.mark.parametrize("how", ["glibc", "kept", "returned", "trimmed", "returned later"])
@@ -45,8 +55,10 @@ def test_holes_in_the_heap(how: str) -> None:
         assert left < 20 << 20
 
 
-PROMPT = """
-import sys, time, torch
+PROMPT = (
+    MAKE_HOLES
+    + """
+import sys, time
 from transformers import LlamaConfig
 from dualblade import DualBladeCache
 from dualblade.host.heap import keep_large_blocks
@@ -63,11 +75,7 @@ with torch.inference_mode(), DualBladeCache(
     if decoding:
         cache.decode_begins(0)
     before = process_memory(Host()).anon
-    kept, freed = [], []
-    for _ in range(20):
-        freed.append(torch.ones(16 << 20, dtype=torch.uint8))
-        kept.append(torch.ones(1 << 16, dtype=torch.uint8))
-    freed.clear()
+    kept = make_holes()
     looks, deadline = cache.storage.governor.watch.latest[0] + 3, time.monotonic() + 30
     while cache.storage.governor.watch.latest[0] < looks and time.monotonic() < deadline:
         for layer in range(2):
@@ -76,6 +84,7 @@ with torch.inference_mode(), DualBladeCache(
         time.sleep(0.01)
     print(process_memory(Host()).anon - before)
 """
+)
 
 
 @pytest.mark.needs("uring", "o_direct")
