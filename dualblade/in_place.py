@@ -8,7 +8,9 @@ when blocks of it leave, the rest is copied from there to a slot, as from any ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -93,6 +95,25 @@ class InPlace:
         if tensor.tokens > begin:
             self._device.copy_rows(mapped.slot.view, begin, tensor.tail, 0, tensor.tokens - begin)
         mapped.close()
+
+
+def take_pages(tensors: Iterable[Tensor]) -> None:
+    """The pages of what is read in place, empty as they are, before anything lies in them: by all CPUs at
+    once, and not while a prompt wants these. A virtual machine's may have to come from its host first, which
+    takes ten times as long as to fill them."""
+    regions = [tensor.mapped.region for tensor in tensors if tensor.mapped]
+    if not regions:
+        return
+    pool = ThreadPoolExecutor(min(len(regions), len(os.sched_getaffinity(0))))
+    try:
+        list(pool.map(_take, regions))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _take(region: FileRegion) -> None:
+    with suppress(OSError):  # what cannot be had now fails with an error when rows are written
+        region.prefault(region.size, region.size, 1)
 
 
 def populate(tensor: Tensor, mapped: Mapped) -> None:

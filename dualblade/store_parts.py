@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from dualblade.errors import CapacityError, DualBladeError, StorageError
-from dualblade.in_place import InPlace
+from dualblade.in_place import InPlace, take_pages
 from dualblade.integrity import Checksums
 from dualblade.kv_tensor import Tensor
 from dualblade.layout import Layout
@@ -155,6 +155,7 @@ class StoreParts:
                 tensor.add(self.in_place.segment(tensor, tensor.blocks, blocks, room))
         for tensor in self.tensors.values():
             self.in_place.map(tensor)
+        take_pages(self.tensors.values())
         self.placements += placements
 
     def _place_part(self, placement: Placement) -> bool:

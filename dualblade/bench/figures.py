@@ -95,6 +95,7 @@ def _row(
         "budget_bytes": first["budget_bytes"],
         "kv_bytes": kv_bytes,
         "rounds": len(runs),
+        "start_s": median(runs, "start_s"),
         "prefill_s": median(runs, "prefill_s"),
         "prefill_spread_s": spread(runs, "prefill_s"),
         "decode_s_per_token": median(runs, "decode_s_per_token"),

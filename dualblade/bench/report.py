@@ -16,8 +16,8 @@ from dualblade.units import GIB, format_size
 
 Row = Mapping[str, Any]
 HEADERS = (
-    "KV held", "baseline", "prefill s", "prefill x bound", "s/token", "spread", "compute", "bound",
-    "x bound", "x shared", "vs flexgen", "vs best other", "GiB/s", "of SSD", "peak", "same bits",
+    "KV held", "baseline", "start s", "prefill s", "prefill x bound", "s/token", "spread", "compute",
+    "bound", "x bound", "x shared", "vs flexgen", "vs best other", "GiB/s", "of SSD", "peak", "same bits",
 )  # fmt: skip
 CHANGE_HEADERS = (
     "KV held", "baseline", "s/token", "before", "lowered", "after", "vs static", "peak", "same bits",
@@ -43,6 +43,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{row['budget_fraction']:.2f}",
         row["baseline"],
+        _number(row.get("start_s"), 2),
         _number(row["prefill_s"], 2),
         _number(row.get("prefill_vs_bound"), 2),
         _number(row["decode_s_per_token"], 3),
@@ -198,6 +199,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"A budget is what is in memory anyway ({format_size(need['base'])}: {base}) and on top of it the "
         "part of the KV bytes that the first column tells, with a 32nd more for what the kernel takes beside "
         f"cached pages: {_budgets(record)}. It is the same for every baseline.",
+        "start s: what a cache takes to be made, before the prompt: files, buffers, and of ours the pages "
+        "that the page cache will hold.",
         "bound: the larger of compute alone and of reading, at the drive's limit, the KV that the budget "
         "cannot hold; of prefill, that of compute alone and of writing all KV. x bound: to the mean of "
         "compute alone before and after the run, and of the limits just before and just after "

@@ -104,11 +104,14 @@ def run_trial(trial: Trial, tell: Callable[[int], None]) -> dict[str, Any]:
         # for all alike: another number of threads may round differently
         stack.enter_context(leave_a_cpu(by_spdk))
         model = make_model(trial.workload, config, dtype)
+        begun = time.perf_counter()
         subject = stack.enter_context(closing(make_subject(trial.baseline, stage)))
+        start_s = time.perf_counter() - begun
         meter = subject.meter() or stack.enter_context(MemoryMeter(subject.cached_fds))
         held = _without_hugepages(trial)
         record = _measure(trial, model, subject, tell)
-        record |= {"peak_bytes": meter.peak_bytes, "hugetlb_bytes": held, "facts": subject.facts()}
+        record |= {"start_s": start_s, "facts": subject.facts()}
+        record |= {"peak_bytes": meter.peak_bytes, "hugetlb_bytes": held}
         if trial.baseline != COMPUTE:
             record["kv_digest"] = digest(subject, stage)
     return record
