@@ -24,7 +24,6 @@ from spdk_glue import READ, FileRegion, Region
 
 CACHE = PathKind.PAGE_CACHE
 LEAST_STAGED = 16 * KIB  # of a head: so many first rows are written by the engine (see KVStore)
-AHEAD = 64 * KIB  # of a head: pages for rows to come
 
 
 class Device(Protocol):
@@ -98,9 +97,9 @@ class InPlace:
 
 
 def take_pages(tensors: Iterable[Tensor]) -> None:
-    """The pages of what is read in place, empty as they are, before anything lies in them: by all CPUs at
-    once, and not while a prompt wants these. A virtual machine's may have to come from its host first, which
-    takes ten times as long as to fill them."""
+    """The pages of what is read in place, and the page tables, before anything lies there: by all CPUs at
+    once, and not while a prompt wants these. A virtual machine's pages may have to come from its host first,
+    which takes ten times as long as to fill them."""
     regions = [tensor.mapped.region for tensor in tensors if tensor.mapped]
     if not regions:
         return
@@ -113,7 +112,7 @@ def take_pages(tensors: Iterable[Tensor]) -> None:
 
 def _take(region: FileRegion) -> None:
     with suppress(OSError):  # what cannot be had now fails with an error when rows are written
-        region.prefault(region.size, region.size, 1)
+        region.prefault()
 
 
 def populate(tensor: Tensor, mapped: Mapped) -> None:
@@ -132,15 +131,6 @@ def read_ahead(tensor: Tensor, mapped: Mapped) -> None:
     if mapped.missed and tensor.tokens:
         with suppress(OSError):  # which populate() will meet again
             mapped.region.read_ahead(*_rows(tensor, mapped))
-
-
-def prefault(tensor: Tensor, mapped: Mapped) -> None:
-    """Its rows were written from a slot: attention would take a page fault for every few pages, and the next
-    rows one that reads."""
-    row = tensor.layout.row_bytes
-    tokens = min(mapped.capacity, tensor.tokens + AHEAD // row)
-    with suppress(OSError):  # as above
-        mapped.region.prefault(tokens * row, mapped.capacity * row, tensor.spec.runs)
 
 
 def _rows(tensor: Tensor, mapped: Mapped) -> tuple[int, int, int]:

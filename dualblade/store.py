@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dualblade.errors import ConfigError, DualBladeError
-from dualblade.in_place import LEAST_STAGED, populate, prefault, read_ahead
+from dualblade.in_place import LEAST_STAGED, populate, read_ahead
 from dualblade.kv_tensor import Mapped, Tensor
 from dualblade.staging import Slot
 from dualblade.store_parts import StoreParts
@@ -42,7 +42,6 @@ class KVStore(StoreParts):
             self._tell_mover(key)
             self._enter_layer(key.layer, tensor.tokens + extra)
             slot = self._in_use[key]
-            self._prefault_staged()
             self._await(tensor, slot)
             if self._short:  # its writes may have given slots back meanwhile, and attention takes long
                 self.prefetch(key.layer)
@@ -61,7 +60,6 @@ class KVStore(StoreParts):
         if layer == self._layer and self._fits(layer, tokens):
             return
         self._leave_layer()
-        self._prefault_staged()
         self._entered_at = time.monotonic()
         self._begin_layer(layer)
         if not self._fits(layer, tokens):
@@ -101,15 +99,6 @@ class KVStore(StoreParts):
         if slot is not None:
             self._open_slot(slot, tensor.spec)
         return slot
-
-    def _prefault_staged(self) -> None:
-        """Where those rows have arrived: in the course of a prompt, not at the first token's touch."""
-        for key, tensor in list(self._staged.items()):
-            if tensor.in_use or not all(ticket.done() for ticket in tensor.writes):
-                return
-            del self._staged[key]
-            if tensor.mapped:
-                prefault(tensor, tensor.mapped)
 
     def _outgrow(self, layer: int, tokens: int) -> None:
         """More tokens than were foreseen: longer slots, and tensors that cannot stay in one place."""
@@ -288,8 +277,6 @@ class KVStore(StoreParts):
             return
         self._write(tensor, slot, first, end)
         tensor.held = tensor.full - end
-        if tensor.mapped:
-            self._staged[tensor.spec.key] = tensor
 
     def _write(self, tensor: Tensor, slot: Slot, first: int, end: int) -> None:
         pieces = self._pieces(tensor, slot, first, end)

@@ -105,7 +105,6 @@ class StoreParts:
         self._in_use: dict[TensorKey, Slot] = {}
         self._fetched: dict[TensorKey, Slot] = {}
         self._short = False  # of slots, when the next layers were fetched
-        self._staged: dict[TensorKey, Tensor] = {}  # whose first rows were written from a slot
         # a layer's rows are in host memory as a whole, and attention reads them there
         self.whole_on_host = self.reads_in_place and device.reads_in_place
         self.in_place = InPlace(device, paths, self.whole_on_host and not checksum)

@@ -129,9 +129,9 @@ class FileRegion:
         """populate() will find this much done: its reads are started."""
         check(lib.glue_read_ahead(self.address, nbytes, stride, runs), "read mapped memory ahead")
 
-    def prefault(self, nbytes: int, stride: int, runs: int) -> None:
-        """A touch of these ranges will take no page fault. Raises GlueError."""
-        check(lib.glue_prefault(self.address, nbytes, stride, runs), "map memory in")
+    def prefault(self) -> None:
+        """All of it comes into memory, and a touch will take no page fault. Raises GlueError."""
+        check(lib.glue_prefault(self.address, self.size), "map memory in")
 
     def close(self) -> None:
         """The memory goes back when the last view of it is gone."""

@@ -284,8 +284,8 @@ int glue_lost_writes(int fd);
 int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);
 /* The same, without waiting for it. */
 int64_t glue_read_ahead(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);
-/* Page-table entries for such ranges, so that no touch takes a fault. 0 or -errno. */
-int glue_prefault(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs);
+/* One such range, and page-table entries for all of it, so that no touch takes a fault. 0 or -errno. */
+int glue_prefault(uint64_t address, uint64_t bytes);
 /* What stderr gets before the process ends with 1, should a mapped page be lost in between; not where the
  * process has a handler of its own for SIGBUS. The first text stays. -EINVAL over 512 bytes. */
 int glue_on_lost_page(const char *text);

@@ -253,14 +253,7 @@ int64_t glue_populate(uint64_t address, uint64_t bytes, uint64_t stride, uint32_
     return error < 0 ? error : missing;
 }
 
-int glue_prefault(uint64_t address, uint64_t bytes, uint64_t stride, uint32_t runs)
+int glue_prefault(uint64_t address, uint64_t bytes)
 {
-    for (uint32_t run = 0; run < runs; run++) {
-        uintptr_t begin = address + run * stride, end = round_up(begin + bytes, PAGE);
-        begin -= begin % PAGE;
-        int error = populate((char *)begin, end - begin);
-        if (error)
-            return error;
-    }
-    return 0;
+    return populate((char *)(uintptr_t)address, bytes);
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spdk_glue import PAGE, FileRegion
+from spdk_glue import PAGE, FileRegion, GlueError
 
 KIB = 1024
 BYTES, RUNS = 64 * KIB, 4
@@ -54,4 +54,23 @@ def test_ranges_that_begin_within_a_page(taken: tuple[int, bytes]) -> None:
     region = FileRegion(fd, 0, len(content))
     assert region.populate(3 * PAGE // 2, 2 * PAGE, 3) == 6 * PAGE
     assert region.populate(1, PAGE, 1) == 0
+    region.close()
+
+
+def test_all_of_it_at_once(taken: tuple[int, bytes]) -> None:
+    fd, content = taken
+    region = FileRegion(fd, 0, len(content))
+    region.prefault()
+    assert region.populate(len(content), len(content), 1) == 0
+    assert region.buffer() == content
+    region.close()
+
+
+def test_all_of_it_where_the_file_ends_before(taken: tuple[int, bytes]) -> None:
+    """An error, where a touch would end the process."""
+    fd, content = taken
+    region = FileRegion(fd, 0, len(content))
+    os.ftruncate(fd, PAGE)
+    with pytest.raises(GlueError, match="map memory in"):
+        region.prefault()
     region.close()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from dualblade.paths.base import WriteLimit
 from dualblade.paths.pagecache import LOST_PAGE, PageCachePath
 from dualblade.tensors import PathKind, TensorKey
 from dualblade.units import MIB
-from spdk_glue import PAGE
+from spdk_glue import PAGE, FileRegion, GlueError
 
 K0, V0 = TensorKey(0, "K"), TensorKey(0, "V")
 pytestmark = pytest.mark.needs("uring")
@@ -105,23 +106,30 @@ def entries(address: int, nbytes: int) -> int:
     return sum(word >> 63 for word in words)
 
 
-def test_rows_that_the_engine_wrote_take_no_fault_later(tmp_path: Path) -> None:
-    with in_place(tmp_path, batch=2, layers=4) as (checked, _):
-        tensor = checked.store.tensors[K0]
+def test_pages_are_there_before_the_first_row_and_take_no_fault_later(tmp_path: Path) -> None:
+    with in_place(tmp_path, batch=2, layers=4) as (checked, path):
+        mapped = [tensor.mapped for tensor in checked.store.tensors.values()]
+        regions = [each.region for each in mapped if each]
+        assert len(regions) == 8
+        room = sum(region.size for region in regions)
+        assert sum(cached_pages(fd).cached for fd in path.fds) * PAGE >= room
         checked.append(K0, FIRST)
-        assert tensor.mapped is not None
-        region = tensor.mapped.region
-        assert entries(region.address, region.size) == 0
-        checked.load(TensorKey(2, "K"))
-        for ticket in tensor.writes:
-            ticket.wait()
-        checked.load(TensorKey(3, "K"))
-        runs, nbytes = tensor.spec.runs, FIRST * tensor.layout.row_bytes
-        stride = tensor.mapped.capacity * tensor.layout.row_bytes
-        for run in range(runs):
-            begin = region.address + run * stride
-            whole = range(-(-begin // PAGE) * PAGE, (begin + nbytes) // PAGE * PAGE, PAGE)
-            assert entries(whole.start, len(whole) * PAGE) == len(whole)
+        checked.store.flush()
+        for region in regions:
+            assert entries(region.address, region.size) == region.size // PAGE
+        assert checked.store.tensors[K0].tokens == FIRST
+
+
+def test_pages_that_cannot_be_had_are_left_to_whom_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(region: FileRegion) -> None:
+        raise GlueError(errno.ENOMEM, "map memory in")
+
+    monkeypatch.setattr(FileRegion, "prefault", refused)
+    with in_place(tmp_path, batch=2) as (checked, _):
+        for count in (FIRST, 1, 40):
+            checked.step(count)
 
 
 def test_rows_taken_back_and_changed_before_they_are_read_in_place(tmp_path: Path) -> None:
