@@ -30,8 +30,11 @@ from dualblade.runner import Generated
 from dualblade.speeds import remember_compute, storage_rates
 from dualblade.stream_choice import FASTER, Choice, Expected, choice_words
 from dualblade.stream_plans import choose_forecast
-from dualblade.units import counted
+from dualblade.tensors import PathKind
+from dualblade.units import GIB, counted, format_size
 from dualblade.zoo import resolve
+
+MUCH = GIB  # of memory: taking it takes long enough to be told of
 
 
 class Session:
@@ -199,11 +202,14 @@ class Session:
     def run(self) -> dict[str, Any]:
         """The record of `run --json`. Everything is reserved before the weights are loaded, so what
         cannot work is refused at once."""
-        self.plan()
+        plan = self.plan()
         if self.settings.cgroup:  # not before: a budget that is too small is refused in words
             self.settings.cgroup.limit(self.settings.budget)
         return_large_blocks()
         folder = None if self.dummy else self._weight_folder()
+        taken = plan.bytes_on(PathKind.PAGE_CACHE) if plan.in_place else 0
+        if taken >= MUCH:
+            self.watcher.stage(f"taking {format_size(taken)} of memory for K and V")
         # Also while it is verified: another number of threads may round differently.
         with leave_a_cpu(by_spdk(self.settings.nvme)):
             return self._run(folder)

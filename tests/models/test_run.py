@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from families import CONFIGS, WINDOWS_ALONE
 
+from dualblade import session
 from dualblade.cli.main import main
 from dualblade.zoo import TINY
 
@@ -367,3 +368,12 @@ def test_a_report_that_cannot_be_written_is_found_out_first(run, tmp_path: Path)
     assert (code, out) == (1, "")
     assert "run.json cannot be written: " in error
     assert "--report" in error
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_memory_that_takes_long_to_take_is_told_of(run, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    if told:
+        monkeypatch.setattr(session, "MUCH", 1)
+    code, _, err = run(*RUN)
+    assert code == 0
+    assert bool(re.search(r"^taking [\d.]+ MiB of memory for K and V$", err, re.M)) is told
