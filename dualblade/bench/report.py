@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dualblade.bench.baselines import BASELINES, OURS
+from dualblade.bench.rest import FAR, ROUNDS
 from dualblade.bench.sweep_plots import sweep_pngs
 from dualblade.units import GIB, format_size
 
 Row = Mapping[str, Any]
 HEADERS = (
-    "KV held", "baseline", "start s", "prefill s", "prefill x bound", "s/token", "spread", "compute",
-    "bound", "x bound", "x shared", "vs flexgen", "vs best other", "GiB/s", "of SSD", "peak", "same bits",
+    "KV held", "baseline", "rounds", "start s", "prefill s", "prefill x bound", "s/token", "spread",
+    "compute", "bound", "x bound", "x shared", "vs flexgen", "vs best other", "GiB/s", "of SSD", "peak",
+    "same bits",
 )  # fmt: skip
 CHANGE_HEADERS = (
     "KV held", "baseline", "s/token", "before", "lowered", "after", "vs static", "peak", "same bits",
@@ -43,6 +45,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{row['budget_fraction']:.2f}",
         row["baseline"],
+        str(row["rounds"]),
         _number(row.get("start_s"), 2),
         _number(row["prefill_s"], 2),
         _number(row.get("prefill_vs_bound"), 2),
@@ -205,7 +208,9 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "cannot hold; of prefill, that of compute alone and of writing all KV. x bound: to the mean of "
         "compute alone before and after the run, and of the limits just before and just after "
         f"{'its decoding (for writing: the run)' if decoding else 'it'}.",
-        "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on.",
+        "Ratios are within a round, their median; in brackets 95 % bootstrap bounds, from seven rounds on. "
+        f"rounds: what took over {FAR:.0f} times as long a token as {OURS} in each of its first rounds, "
+        f"{ROUNDS} at least, was not run again (--all-rounds: it is).",
         "of SSD: bytes that the drive gave a second while reads were under way, whatever lay there, as a "
         "part of its limit, the same mean.",
         "x shared: to a bound that knows that attention and the drive's data share the memory's bandwidth. "

@@ -32,6 +32,7 @@ from dualblade.bench.ground import (
 )
 from dualblade.bench.launch import ChildFailed, OnToken, no_one, run_child
 from dualblade.bench.limit import make_limit
+from dualblade.bench.rest import FAR, is_settled
 from dualblade.bench.trial import Trial
 from dualblade.bench.workloads import (
     Budget,
@@ -56,7 +57,8 @@ PROBE = GIB  # what the drive's limit is measured on, at most
 @dataclass(frozen=True, slots=True)
 class SweepBench:
     """budgets: as `read_budgets` takes them. folder: where files lie. nvme: a TARGET with a volume of ours,
-    or None for a file. change: also with a limit that is lowered and lifted while a run decodes."""
+    or None for a file. change: also with a limit that is lowered and lifted while a run decodes. all_rounds:
+    no baseline rests, however far it is from ours."""
 
     workload: Workload
     folder: Path
@@ -67,6 +69,7 @@ class SweepBench:
     drop_caches: bool = True
     enforce: bool = True
     change: bool = False
+    all_rounds: bool = False
 
 
 Say = Callable[[str], None]
@@ -148,8 +151,9 @@ class Sweep:
     def _budget(self, number: int, budget: Budget, nvme: str) -> None:
         """Compute alone also between the budgets, and on both sides of ours: a machine that others share
         changes meanwhile."""
+        resting = self._resting(budget)
         for name in rotated(self.bench.baselines, number):
-            if why_not(name, budget, self.need) is not None:
+            if name in resting or why_not(name, budget, self.need) is not None:
                 continue
             if name == OURS and self._since:
                 self._compute(number, nvme)
@@ -162,6 +166,17 @@ class Sweep:
                 self._one(self.changes, number, name, budget, nvme)
         if self._since or self.bench.change:
             self._compute(number, nvme)
+
+    def _resting(self, budget: Budget) -> list[str]:
+        if self.bench.all_rounds:
+            return []
+        names = [name for name in self.bench.baselines if is_settled(self.runs, name, budget.bytes)]
+        if names:
+            self.say(
+                f"  {budget.fraction:.2f} of the KV: no more rounds for {', '.join(names)}: each took over "
+                f"{FAR:.0f} times as long as {OURS} in every one"
+            )
+        return names
 
     @property
     def _probe_bytes(self) -> int:

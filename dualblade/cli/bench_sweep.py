@@ -45,6 +45,11 @@ from dualblade.units import format_size
     help="Also with half the memory for a third of the tokens: dual and dual-first-fit-static.",
 )
 @click.option(
+    "--all-rounds",
+    is_flag=True,
+    help="Also of what took over twice as long a token as dual in each of three rounds.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for results.json, results.md, report.html and pictures (needs matplotlib).",
@@ -87,6 +92,7 @@ def _bench(options: dict[str, Any]) -> Any:
         options["drop_caches"],
         options["enforce"],
         options["change"],
+        options["all_rounds"],
     )
 
 

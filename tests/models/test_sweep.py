@@ -219,6 +219,30 @@ def test_compute_alone_is_measured_around_budgets_and_ours(
 
 
 @pytest.mark.needs("uring", "o_direct")
+@pytest.mark.parametrize("all_rounds", [False, True])
+def test_what_is_far_from_ours_rests_after_three_rounds(
+    all_rounds: bool, direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """direct-qd1 takes three times as long as ours, direct as long but in the second round."""
+
+    def timed(trial: Trial, on_token: OnToken) -> dict[str, Any]:
+        made = run_trial(trial, on_token)
+        again[trial.baseline] = number = again.get(trial.baseline, -1) + 1
+        slow = {"direct-qd1": 3.0, "direct": 1.9 if number == 1 else 3.0}
+        return made | {"decode_s_per_token": slow.get(trial.baseline, 1.0)}
+
+    again: dict[str, int] = {}
+    monkeypatch.setattr("dualblade.bench.sweep.run_child", timed)
+    words = ["--budgets", "1", "--baselines", "direct-qd1,direct,dual", "--rounds", "5", "--json"]
+    assert sweep(direct_dir, *words, "--no-enforce", *["--all-rounds"] * all_rounds) == 0
+    streams = capsys.readouterr()
+    rounds = {row["baseline"]: row["rounds"] for row in json.loads(streams.out)["rows"]}
+    assert rounds == {"direct-qd1": 5 if all_rounds else 3, "direct": 5, "dual": 5}
+    told = "no more rounds for direct-qd1: each took over 2 times as long as dual in every one"
+    assert " ".join(streams.err.split()).count(told) == (0 if all_rounds else 2)
+
+
+@pytest.mark.needs("uring", "o_direct")
 def test_other_numbers_than_the_rest_are_an_error(
     direct_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
