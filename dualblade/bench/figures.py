@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,12 +184,17 @@ def _add_ratios(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> None:
 def paired_ratio(mine: Sequence[Run], theirs: Sequence[Run], name: str) -> dict[str, float | None]:
     """The median of mine / theirs within each round that has both, and from seven rounds on the 95 %
     bootstrap bounds of that median."""
-    other = {run["round"]: run[name] for run in theirs}
-    ratios = [run[name] / other[run["round"]] for run in mine if run["round"] in other]
+    ratios = ratios_within_rounds(mine, theirs, name)
     if not ratios:
         return {"ratio": None, "low": None, "high": None}
     low, high = bootstrap(ratios) if len(ratios) >= ENOUGH_ROUNDS else (None, None)
     return {"ratio": statistics.median(ratios), "low": low, "high": high}
+
+
+def ratios_within_rounds(mine: Iterable[Run], theirs: Iterable[Run], name: str) -> list[float]:
+    """mine / theirs, of each round that has both."""
+    other = {run["round"]: run[name] for run in theirs}
+    return [run[name] / other[run["round"]] for run in mine if run["round"] in other]
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
