@@ -11,6 +11,7 @@ from spdk_glue._ffi import ffi, lib
 from spdk_glue.errors import check
 
 PAGE = 4096
+HUGEPAGE = 2 << 20
 _KINDS = ("plain", "thp", "hugetlb")  # as glue_api.h numbers them
 
 

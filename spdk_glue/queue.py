@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from spdk_glue.errors import (
     check,
     why_no_uring,
 )
-from spdk_glue.memory import Region
+from spdk_glue.memory import HUGEPAGE, Region
 from spdk_glue.opening import (
     MemOptions,
     NvmeOptions,
@@ -38,7 +38,7 @@ from spdk_glue.readings import Medium, QueueStats, read_medium, read_stats
 READ, WRITE, TRIM, WRITE_BACK, FLUSH = 0, 1, 2, 3, 4
 FileEngine = Literal["auto", "uring", "posix"]
 _REGISTER, _UNREGISTER = 5, 6
-_REGISTER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
+_BUFFER_BYTES = 1 << 30  # the kernel's limit for one registered buffer
 _FAULTS = {"error": 0, "torn": 1, "hang": 2}
 _BATCH = 64
 _NVME_ENGINES = ("spdk", "uring_cmd")
@@ -278,13 +278,12 @@ class Queue:
         # Other memory at the same address would be taken for it.
         self._registered[region.address] = region.buffer()
         registered = 0
-        for at in range(0, region.size, _REGISTER_BYTES):
-            size = min(_REGISTER_BYTES, region.size - at)
+        for at, size in _buffers(region):
             registered += size * self.run(_REGISTER, [plain(0, region.address + at, size)]).result
         return registered
 
     def unregister(self, region: Region) -> None:
-        for at in range(0, region.size, _REGISTER_BYTES):
+        for at, _ in _buffers(region):
             self.run(_UNREGISTER, [plain(0, region.address + at, 1)])
         self._registered.pop(region.address, None)
 
@@ -368,6 +367,20 @@ class Queue:
             "closed" if self.closed else f"depth {self.options.queue_depth}, {len(self._waiting)} under way"
         )
         return f"<Queue {self.engine}, {state}>"
+
+
+def _buffers(region: Region) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of the buffers that a region is registered as.
+
+    Linux keeps a buffer in pages of 2 MiB if it has no others (6.12), else all of it in pages of 4 KiB: then
+    neighbouring commands become too many segments to go to the drive as one. So what is behind the last
+    2 MiB is a buffer by itself.
+    """
+    whole = region.size - region.size % HUGEPAGE
+    for at in range(0, whole, _BUFFER_BYTES):
+        yield at, min(_BUFFER_BYTES, whole - at)
+    if whole < region.size:
+        yield whole, region.size - whole
 
 
 def engines() -> list[str]:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from dualblade.volume import Volume
 
 
-# Commands are short where blocks are cached in part, or a group is not full yet. As many as move what 32 long
+# Commands are short where blocks are cached in part, or a group is not full yet. As many as move what 64 long
 # ones do are in flight, so that the drive has work while attention keeps every CPU from sending more.
-OPTIONS = QueueOptions(queue_depth=128, command_bytes=MIB, in_flight_bytes=32 * MIB)
+OPTIONS = QueueOptions(queue_depth=128, command_bytes=MIB, in_flight_bytes=64 * MIB)
 FIRST_COMMAND = 512 * KIB  # the longest at first; the scheduler tries others (see adaptive.Climb)
 
 

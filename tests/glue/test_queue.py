@@ -197,17 +197,19 @@ def test_flush_of_a_read_only_file_that_was_never_written(tmp_path: Path) -> Non
 # memory -------------------------------------------------------------------------------------
 
 
-def test_registered_memory_moves_the_same_bytes(opened, engine: str, regions) -> None:
+@pytest.mark.parametrize("more", [0, 3 * PAGE], ids=["whole hugepages", "and some pages"])
+def test_registered_memory_moves_the_same_bytes(opened, engine: str, regions, more: int) -> None:
     data = noise(CAPACITY).tobytes()
-    region = regions(4 << 20)
+    region = regions((4 << 20) + more)
+    begin = region.size - PAGE - CAPACITY  # across what is registered apart
     with opened() as queue:
-        assert queue.register(region) == (0 if engine == "mem" else region.size)
-        assert queue.stats().registered_bytes == (0 if engine == "mem" else 4 << 20)
-        write_bytes(queue, 0, data)
         for _ in range(3):
+            assert queue.register(region) == (0 if engine == "mem" else region.size)
+            assert queue.stats().registered_bytes == (0 if engine == "mem" else 4 << 20)
+            write_bytes(queue, 0, data)
             array(region)[:] = 0
-            queue.run(READ, [plain(0, region.address + PAGE, CAPACITY)])
-            assert bytes(region.buffer(PAGE, CAPACITY)) == data
+            queue.run(READ, [plain(0, region.address + begin, CAPACITY)])
+            assert bytes(region.buffer(begin, CAPACITY)) == data
             queue.unregister(region)
             assert queue.stats().registered_bytes == 0
 
