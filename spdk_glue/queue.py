@@ -372,9 +372,9 @@ class Queue:
 def _buffers(region: Region) -> Iterator[tuple[int, int]]:
     """(offset, bytes) of the buffers that a region is registered as.
 
-    Linux keeps a buffer in pages of 2 MiB if it has no others (6.12), else all of it in pages of 4 KiB: then
-    neighbouring commands become too many segments to go to the drive as one. So what is behind the last
-    2 MiB is a buffer by itself.
+    Linux keeps a buffer in pages of 2 MiB if it has no others (seen on 6.18), else all of it in pages of
+    4 KiB: then neighbouring commands become too many segments to go to the drive as one. So what is behind
+    the last 2 MiB is a buffer by itself.
     """
     whole = region.size - region.size % HUGEPAGE
     for at in range(0, whole, _BUFFER_BYTES):
