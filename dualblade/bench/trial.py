@@ -7,6 +7,7 @@ It runs in a process of its own (child.py), whose record is one JSON object.
 from __future__ import annotations
 
 import hashlib
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -57,6 +58,11 @@ class Trial:
         return cls(**plain | parts | {"pauses": tuple(plain["pauses"])})
 
 
+def _usage() -> resource.struct_rusage:
+    """Of all threads, io_uring's workers too."""
+    return resource.getrusage(resource.RUSAGE_SELF)
+
+
 @dataclass(slots=True)
 class Watch:
     """Looks on at every token: when it came, and what had been read by then. Of the first one it tells before
@@ -67,9 +73,12 @@ class Watch:
     times: list[float] = field(default_factory=list)
     first: Reading = NOTHING
     last: Reading = NOTHING
+    cpu_before: resource.struct_rusage = field(default_factory=_usage)
+    cpu_prefill: resource.struct_rusage | None = None
 
     def on_token(self, ids: list[int]) -> None:
         if not self.times:
+            self.cpu_prefill = _usage()
             self.tell(1)
         self.times.append(time.perf_counter())
         self.last = self.subject.reading()
@@ -149,11 +158,23 @@ def _record(result: Generated, watch: Watch) -> dict[str, Any]:
         read = watch.last.bytes - watch.first.bytes
     return {
         "prefill_s": result.prefill_s,
+        **_cpu_of_prefill(watch),
         "steps_s": steps,
         "decode_s_per_token": statistics.fmean(steps),
         "read_bytes_per_token": None if read is None else read / len(steps),
         "read_busy_s_per_token": (watch.last.busy_s - watch.first.busy_s) / len(steps),
         "tokens": result.tokens,
+    }
+
+
+def _cpu_of_prefill(watch: Watch) -> dict[str, Any]:
+    """What is missing in the seconds to prefill_s on every CPU was spent waiting."""
+    before, after = watch.cpu_before, watch.cpu_prefill
+    assert after is not None
+    return {
+        "prefill_user_s": after.ru_utime - before.ru_utime,
+        "prefill_kernel_s": after.ru_stime - before.ru_stime,
+        "prefill_page_faults": after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt,
     }
 
 

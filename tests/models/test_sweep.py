@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -339,6 +340,9 @@ def test_a_child_tells_each_token(direct_dir: Path) -> None:
     assert tokens == [1, 2, 3]
     assert len(record["steps_s"]) == 2
     assert record["decode_s_per_token"] == pytest.approx(sum(record["steps_s"]) / 2)
+    spent = record["prefill_user_s"] + record["prefill_kernel_s"]
+    assert 0 < spent < (record["prefill_s"] + 0.1) * (os.cpu_count() or 1)
+    assert record["prefill_page_faults"] > 0
 
 
 def test_a_child_that_is_refused_says_why(tmp_path: Path) -> None:
