@@ -174,8 +174,10 @@ class Tensor:
         """Where in blocks [first, end) the last one ends that completes what is written together, or a
         segment; `first` where none does."""
         segment = self.segment_of(end - 1)
-        best_run = BEST_COPY if segment.room.path is PathKind.PAGE_CACHE else BEST_RUN
-        together = self.layout.written_together(best_run)
+        if segment.room.path is PathKind.PAGE_CACHE:  # the less is left for the layer's end the sooner a slot
+            together = self.layout.written_together(BEST_COPY, parts=1)  # is free for the next one
+        else:  # all of a group is one sequential range
+            together = self.layout.written_together(BEST_RUN, parts=2)
         part = (end - segment.base) % together if end < segment.end else 0
         return max(first, segment.first, end - part)
 

@@ -59,10 +59,11 @@ class Layout:
         """What lies together of one head on the medium."""
         return self.group * self.run_bytes
 
-    def written_together(self, best_run: int) -> int:
-        """Blocks of a prompt that are written at once: a group, or `best_run` bytes a head of a long one."""
+    def written_together(self, best_run: int, parts: int) -> int:
+        """Blocks of a prompt that are written at once: `best_run` bytes a head of a group that has as many as
+        `parts` of them, or all of it."""
         best = max(1, best_run // self.run_bytes)
-        return best if self.group >= 2 * best else self.group
+        return best if self.group >= parts * best else self.group
 
     @property
     def block_bytes(self) -> int:

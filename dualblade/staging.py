@@ -85,8 +85,11 @@ class SlotPool:
             self._free.append(slot)
 
     def _collect(self) -> None:
-        while self._draining and all(ticket.done() for ticket in self._pending(self._draining[0])):
-            self._finish(self._draining.popleft())
+        """One path's writes may be done long before another's that began earlier."""
+        for slot in list(self._draining):
+            if all(ticket.done() for ticket in self._pending(slot)):
+                self._draining.remove(slot)
+                self._finish(slot)
 
     def _finish(self, slot: Slot) -> None:
         """A slot with a failed transfer never comes back: others of it may still be under way."""

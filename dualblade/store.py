@@ -140,10 +140,11 @@ class KVStore(StoreParts):
 
     def prefetch(self, layer: int) -> None:
         """Start reading the tensors after `layer` that are not read in place: as many as `depth` layers have,
-        and in place of this layer's own that need no slot, however far away they lie. So the drive is busy
-        however few tensors it has."""
+        and in place of this layer's own that take no slot, however far away they lie. So the drive is busy
+        however few tensors it has. A tensor before that without a block to read takes its slot when its layer
+        comes: while a prompt fills the layers, what decoding reads first has to wait for the last of them."""
         depth = self.scheduler.depth
-        left = 2 * depth + sum(self.tensors[key].mapped is not None for key in self._keys(layer))
+        left = 2 * depth + sum(self._takes_no_slot(key) for key in self._keys(layer))
         self._short = False
         if not depth:
             return
@@ -154,12 +155,17 @@ class KVStore(StoreParts):
                 tensor = self.tensors[key]
                 if tensor.mapped and distance <= depth:
                     read_ahead(tensor, tensor.mapped)
-                if tensor.mapped or not tensor.full or key in self._in_use:  # whose rows may still change
+                if (tensor.mapped and tensor.tokens) or key in self._in_use:  # whose rows may still change
                     continue
                 left -= 1
-                if key not in self._fetched and not self._fetch_ahead(key):
+                if tensor.full and key not in self._fetched and not self._fetch_ahead(key):
                     self._short = True
                     return
+
+    def _takes_no_slot(self, key: TensorKey) -> bool:
+        """Of a tensor in use: attention reads it where it lies."""
+        mapped = self.tensors[key].mapped
+        return mapped is not None and self._in_use.get(key) is mapped.slot
 
     def _layers_after(self, layer: int) -> list[int]:
         """In the cyclic order of decoding, this one left out."""

@@ -180,11 +180,12 @@ def test_closing_writes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_longer_runs_are_copied_to_the_page_cache_than_written_to_the_drive() -> None:
     with one_tensor(written=0, blocks=30) as (_, _, tensor):
-        tensor.layout = replace(tensor.layout, group=1000)
         drive, cache = BEST_RUN // tensor.layout.run_bytes, BEST_COPY // tensor.layout.run_bytes
+        # of a group that is hardly longer, too, little is left for the layer's end
+        tensor.layout = replace(tensor.layout, group=cache + 1)
         for kind, most in ((DIRECT, drive), (CACHE, cache)):
             room = Room(K0, kind, 0, 0, 1000 * tensor.layout.block_bytes)
-            tensor.segments = [Segment(0, 1000, room, 1000, 0)]
+            tensor.segments = [Segment(0, 1000, room, cache + 1, 0)]
             ends = [tensor.end_to_write(0, end) for end in (most - 1, most, most + 1, 2 * most)]
             assert ends == [0, most, most, 2 * most]
         tensor.segments = []

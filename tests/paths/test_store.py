@@ -221,6 +221,17 @@ def test_the_next_layers_are_under_way_before_they_are_asked_for() -> None:
         assert {key.layer for key in checked.store._fetched} == {3, 0}
 
 
+def test_what_decoding_reads_first_takes_no_slot_from_a_prompt() -> None:
+    """The next layer would wait for the writes of the one before, at each layer."""
+    shape = Shape(layers=4, batch=2, depth=1, spare=1, tokens=256, capacity=256)
+    with mem_store(shape, placed=True) as checked:
+        for layer in range(4):
+            for kind in "KV":
+                checked.append(TensorKey(layer, kind), 200)
+            assert set(checked.store._fetched) == ({K0, V0} if layer == 3 else set())
+        checked.step(1)
+
+
 def test_a_slot_stays_valid_within_its_layer() -> None:
     with mem_store(Shape(layers=3, depth=1)) as checked:
         checked.step(50)
