@@ -266,7 +266,7 @@ BASELINES = {
         Baseline(
             "dual-first-fit-static",
             "the paper: cached in order of allocation, decided once",
-            lambda s: DualBlade(s, policy="first-fit", **static_options()),
+            lambda s: DualBlade(s, policy="first-fit"),
         ),
         Baseline("dual", "both paths, as run and DualBladeCache do by default", DualBlade),
         Baseline("hf-offloaded", "transformers' own offloading", HfOffloaded, in_memory=True),
@@ -274,11 +274,6 @@ BASELINES = {
     )
 }
 OURS = "dual"
-
-
-def static_options() -> dict[str, Any]:
-    """What keeps placements as they were made, where the governor would revise them."""
-    return {}
 
 
 def make_subject(name: str, stage: Stage) -> Subject:
