@@ -170,12 +170,18 @@ class Tensor:
         """Tokens of the unfinished block."""
         return self.tokens - self.full * self.layout.block_tokens
 
+    def mapping_in(self, slot: Slot | None) -> Mapped | None:
+        """The mapping, where the slot stands for that: attention reads the tensor in place, and not in a slot
+        of the pool."""
+        return self.mapped if self.mapped and slot is self.mapped.slot else None
+
     def end_to_write(self, first: int, end: int) -> int:
         """Where in blocks [first, end) the last one ends that completes what is written together, or a
         segment; `first` where none does."""
         segment = self.segment_of(end - 1)
-        if segment.room.path is PathKind.PAGE_CACHE:  # the less is left for the layer's end the sooner a slot
-            together = self.layout.written_together(BEST_COPY, parts=1)  # is free for the next one
+        if segment.room.path is PathKind.PAGE_CACHE:
+            # what is left for the layer's end keeps a slot from the next one
+            together = self.layout.written_together(BEST_COPY, parts=1)
         else:  # all of a group is one sequential range
             together = self.layout.written_together(BEST_RUN, parts=2)
         part = (end - segment.base) % together if end < segment.end else 0

@@ -125,8 +125,8 @@ class KVStore(StoreParts):
         for key, slot in self._in_use.items():
             tensor = self.tensors[key]
             self._write_held(tensor, slot, tensor.full)
-            tensor.in_use, mapped = False, tensor.mapped
-            if mapped is None or slot is not mapped.slot:
+            tensor.in_use, mapped = False, tensor.mapping_in(slot)
+            if mapped is None:
                 self.pool.give_back(slot)
             elif key.kind == "K" or self.tensors[TensorKey(key.layer, "K")].mapped is None:
                 mapped.path.in_place_s += time.monotonic() - self._entered_at
@@ -144,10 +144,11 @@ class KVStore(StoreParts):
         however few tensors it has. A tensor before that without a block to read takes its slot when its layer
         comes: while a prompt fills the layers, what decoding reads first has to wait for the last of them."""
         depth = self.scheduler.depth
-        left = 2 * depth + sum(self._takes_no_slot(key) for key in self._keys(layer))
         self._short = False
         if not depth:
             return
+        keys, in_use = self._keys(layer), self._in_use.get
+        left = 2 * depth + sum(self.tensors[key].mapping_in(in_use(key)) is not None for key in keys)
         for distance, ahead in enumerate(self._layers_after(layer), 1):
             for key in self._keys(ahead):
                 if not left:
@@ -161,11 +162,6 @@ class KVStore(StoreParts):
                 if tensor.full and key not in self._fetched and not self._fetch_ahead(key):
                     self._short = True
                     return
-
-    def _takes_no_slot(self, key: TensorKey) -> bool:
-        """Of a tensor in use: attention reads it where it lies."""
-        mapped = self.tensors[key].mapped
-        return mapped is not None and self._in_use.get(key) is mapped.slot
 
     def _layers_after(self, layer: int) -> list[int]:
         """In the cyclic order of decoding, this one left out."""
@@ -223,8 +219,8 @@ class KVStore(StoreParts):
             ticket.wait()
         if tensor.full or tensor.mapped:  # rows are about to be written where an old write may still go
             self._await_writes(tensor)
-        if tensor.mapped and slot is tensor.mapped.slot:
-            populate(tensor, tensor.mapped)
+        if mapped := tensor.mapping_in(slot):
+            populate(tensor, mapped)
         ended = time.monotonic()
         self.stall_s += ended - begun
         if self.trace is not None:
@@ -262,7 +258,7 @@ class KVStore(StoreParts):
             old, rest = tensor.full, tensor.rest
             tensor.tokens += count
             if tensor.mapped:
-                staged = slot is not tensor.mapped.slot
+                staged = tensor.mapping_in(slot) is None
                 stored = tensor.rest - rest if staged else count  # a rest counts again in its block
                 tensor.mapped.path.wrote_in_place(stored * tensor.spec.token_bytes)
                 if not staged:
@@ -345,7 +341,7 @@ class KVStore(StoreParts):
         with self.failing():
             change(slot.view, tensor.tokens)
             tensor.changed(0)
-            if tensor.mapped and slot is tensor.mapped.slot:
+            if tensor.mapping_in(slot):
                 return
             tensor.held = tensor.full
             self._write_held(tensor, slot, tensor.full)
